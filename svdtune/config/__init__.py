@@ -1,0 +1,1 @@
+"""What a person may choose: the schema, and the loader that turns YAML and overrides into it."""

@@ -1,0 +1,20 @@
+"""The language of shapes, and SVD written in it. Imports nothing of ours but errors, and torch only for type checking."""
+
+from svdtune.contracts.spec import Axes, Mismatch, TensorSpec, check, require, specs, tensor
+from svdtune.contracts.svd import Draws, ModelFacts, Prediction, StepResult, UNetInput, VideoBatch
+
+__all__ = [
+    "Axes",
+    "Draws",
+    "Mismatch",
+    "ModelFacts",
+    "Prediction",
+    "StepResult",
+    "TensorSpec",
+    "UNetInput",
+    "VideoBatch",
+    "check",
+    "require",
+    "specs",
+    "tensor",
+]

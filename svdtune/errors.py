@@ -1,0 +1,55 @@
+"""The errors a person can cause. Each message names what, expected, got, why and the fix; each class fixes the exit code."""
+
+
+class SvdtuneError(Exception):
+    """Base of every error whose message is written for the person running svdtune (shown without a traceback)."""
+
+    exit_code = 1
+
+
+class UsageError(SvdtuneError):
+    """The command line, the launcher or the run folder is not as it must be."""
+
+    exit_code = 2
+
+
+class ConfigError(SvdtuneError):
+    """The YAML or an override is wrong."""
+
+    exit_code = 2
+
+
+class DataError(SvdtuneError):
+    """The clips cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(SvdtuneError):
+    """The model folder, hub id or weights cannot be used."""
+
+    exit_code = 3
+
+
+class ContractError(SvdtuneError):
+    """A tensor that crosses a seam is not what the table in `contracts/svd.py` says."""
+
+    exit_code = 3
+
+
+class PreflightError(SvdtuneError):
+    """Preflight found errors; the message holds the table of findings."""
+
+    exit_code = 3
+
+
+class Diverged(SvdtuneError):
+    """Loss or gradient became non-finite; no update was made from it."""
+
+    exit_code = 4
+
+
+class Stopped(SvdtuneError):
+    """A signal arrived; the checkpoint is saved."""
+
+    exit_code = 143
