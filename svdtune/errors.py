@@ -31,6 +31,12 @@ class ModelError(SvdtuneError):
     exit_code = 3
 
 
+class CheckpointError(SvdtuneError):
+    """A checkpoint is missing, damaged, of another kind of run, or cannot be written."""
+
+    exit_code = 3
+
+
 class ContractError(SvdtuneError):
     """A tensor that crosses a seam is not what the table in `contracts/svd.py` says."""
 

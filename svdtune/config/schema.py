@@ -68,7 +68,7 @@ class Data:
     resize: Literal["cover", "pad", "squash"] = "cover"
     """cover: scale to fill, crop the centre. pad: scale to fit, black borders. squash: scale each side by itself."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """auto: decord where its length and times equal the packet index and the file has neither edit list nor leading pictures, PyAV otherwise."""
+    """auto: decord where its length and times equal the packet index (and no edit list or leading pictures), PyAV otherwise."""
     motion_bucket: int = 127
     """motion_bucket_id given to the UNet with every clip."""
     flip: bool = False
@@ -117,7 +117,8 @@ class Adapt:
     """Which parameters learn."""
 
     method: Literal["full", "temporal", "temporal_attention", "spatial", "lora"] = "lora"
-    """full: the UNet. temporal: temporal blocks and mixing. temporal_attention: temporal transformer blocks only. spatial: the rest. lora: low-rank adapters."""
+    """full: the UNet. temporal: temporal blocks and mixing. temporal_attention: temporal transformer blocks only.
+    spatial: the rest. lora: low-rank adapters."""
     rank: int = 16
     """LoRA rank (only with method lora)."""
     alpha: float | None = None
@@ -304,12 +305,10 @@ class Config:
             f"at most train.steps = {self.train.steps}: otherwise the peak learning rate is never reached",
         )
         if self.adapt.method != "lora":
-            _require(
-                self.adapt.targets is None and not self.adapt.dora and self.adapt.alpha is None,
-                "adapt.targets/alpha/dora",
-                "set",
-                f"null with method {self.adapt.method}: they act only with method lora",
-            )
+            for key, off in (("targets", None), ("alpha", None), ("dora", False)):
+                value = getattr(self.adapt, key)
+                expected = f"{off} with adapt.method {self.adapt.method}: it acts only with method lora"
+                _require(value == off, f"adapt.{key}", value, expected.replace("None", "null"))
 
 
 def _require(ok: bool, key: str, value: Any, expected: str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from svdtune.errors import ContractError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Axes = Mapping[str, int]
 """Sizes by axis name, e.g. `{"b": 2, "t": 25, "h": 576, "w": 1024, "f": 8, ...}`."""
+
+Record = TypeVar("Record")
 
 _TERM = re.compile(r"[*/]|[^*/]+")
 
@@ -61,6 +63,12 @@ def specs(record: Any) -> dict[str, TensorSpec]:
     return {f.name: f.metadata["spec"] for f in fields(record) if "spec" in f.metadata}
 
 
+def move(record: Record, device: Any) -> Record:
+    """The record with its tensors on `device` (a torch.device); copies to a GPU start from pinned memory and do not wait."""
+    moved = {name: _move_one(getattr(record, name), device) for name in specs(record)}
+    return replace(record, **moved)  # pyright: ignore[reportArgumentType]
+
+
 def check(record: Any, axes: Axes) -> list[Mismatch]:
     """Every shape or dtype in `record` that differs from its spec. Reads no values, so fake tensors pass through."""
     found = (
@@ -74,6 +82,12 @@ def require(record: Any, axes: Axes) -> None:
     """Raise ContractError listing every mismatch of `record`; return nothing when it is right."""
     if mismatches := check(record, axes):
         raise ContractError("\n".join(map(str, mismatches)))
+
+
+def _move_one(value: Tensor, device: Any) -> Tensor:
+    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def _check_one(where: str, value: Tensor, spec: TensorSpec, axes: Axes) -> Mismatch | None:

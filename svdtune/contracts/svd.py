@@ -95,14 +95,20 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A clip after the frozen networks: what a latent cache would hold."""
+
+    latents: Tensor = tensor("b t z h/f w/f", "x0 = scaling_factor * posterior sample", dtype="float32")
+    image_latents: Tensor = tensor("b z h/f w/f", "posterior mode of the noised first frame, unscaled", dtype="float32")
+    image_embeds: Tensor = tensor("b d", "CLIP embedding of the clean first frame", dtype="float32")
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One step: the loss to differentiate, and the records it came from."""
 
+    encoded: Encoded
+    unet_input: UNetInput
+    prediction: Prediction
     loss: Tensor = tensor("", "mean over clips", dtype="float32")
     loss_per_clip: Tensor = tensor("b", "mean over everything but the clip axis", dtype="float32")
-    latents: Tensor = tensor("b t z h/f w/f", "x0 = scaling_factor * posterior sample", dtype="float32")
-    image_latents: Tensor = tensor(
-        "b z h/f w/f", "posterior mode of the noise-augmented first frame, unscaled", dtype="float32"
-    )
-    unet_input: UNetInput | None = None
-    prediction: Prediction | None = None

@@ -1,0 +1,92 @@
+"""From a clip to the four tensors the UNet takes. Networks are passed in; nothing here draws random numbers.
+
+Sources: NUMERICS of SVD in sgm (Stability-AI/generative-models 0ad7de9) and diffusers' StableVideoDiffusionPipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from svdtune.contracts import Draws, Encoded, UNetInput, VideoBatch
+from svdtune.diffusion.edm import add_noise, append_dims, scalings
+
+
+@dataclass(frozen=True)
+class ClipPixels:
+    """How the CLIP tower wants its picture: side in pixels, and mean and standard deviation per rgb channel."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def posterior(vae: Any, pixels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n, z, h/f, w/f) of the VAE posterior of pixels (n, c, h, w) in [-1, 1].
+
+    Float32 whatever surrounds it (sgm disables autocast there; under bf16 autocast the latents are off by 0.013), and
+    `chunk` pictures at a time, since one chunk's activations are the memory peak.
+    """
+    with torch.autocast(pixels.device.type, enabled=False):
+        parts = [vae.encode(part.float()).latent_dist for part in pixels.split(chunk)]
+    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+
+
+def target_latents(vae: Any, batch: VideoBatch, draws: Draws, *, scaling_factor: float, chunk: int) -> Tensor:
+    """x0 (b, t, z, h/f, w/f) = scaling_factor * a sample of the posterior of every frame."""
+    b = batch.pixels.shape[0]
+    mean, std = posterior(vae, rearrange(batch.pixels, "b t c h w -> (b t) c h w"), chunk)
+    sample = mean + std * rearrange(draws.posterior_noise, "b t z h w -> (b t) z h w")
+    return scaling_factor * rearrange(sample, "(b t) z h w -> b t z h w", b=b)
+
+
+def image_latents(vae: Any, first_frame: Tensor, draws: Draws, *, chunk: int) -> Tensor:
+    """Conditioning latents (b, z, h/f, w/f): posterior mode of first_frame (b, c, h, w) plus pixel noise, NOT scaled."""
+    noisy = add_noise(first_frame, draws.pixel_noise, draws.noise_aug_strength)
+    return posterior(vae, noisy, chunk)[0]
+
+
+def image_embeds(image_encoder: nn.Module, first_frame: Tensor, clip: ClipPixels) -> Tensor:
+    """CLIP embedding (b, d) of the clean first_frame (b, c, h, w) in [-1, 1]."""
+    pixels = clip_pixels(first_frame, clip)
+    with torch.autocast(pixels.device.type, enabled=False):
+        return image_encoder(pixels.to(next(image_encoder.parameters()).dtype)).image_embeds.float()
+
+
+def clip_pixels(first_frame: Tensor, clip: ClipPixels) -> Tensor:
+    """(b, c, h, w) in [-1, 1] to (b, c, size, size), normalised, by the resize that diffusers' SVD pipeline uses.
+
+    torch's antialiased bicubic differs from it by up to 0.3. The order (resize in [-1, 1], then shift) is the pipeline's.
+    """
+    resized = (_resize_with_antialiasing(first_frame.float(), (clip.size, clip.size)) + 1) / 2
+    mean, std = (resized.new_tensor(values).reshape(1, -1, 1, 1) for values in (clip.mean, clip.std))
+    return (resized - mean) / std
+
+
+def added_time_ids(batch: VideoBatch, draws: Draws) -> Tensor:
+    """(b, 3) = [fps - 1, motion_bucket_id, noise_aug_strength], in that order (sgm svd.yaml; pipeline line 505)."""
+    return torch.stack([batch.fps - 1, batch.motion_bucket, draws.noise_aug_strength], dim=1)
+
+
+def unet_input(encoded: Encoded, batch: VideoBatch, draws: Draws) -> UNetInput:
+    """The UNet's arguments for a clip at the drawn noise level.
+
+    CLIP token and conditioning latent are dropped independently, after their encoders; the time ids never are.
+    """
+    c = scalings(draws.sigma)
+    noisy = add_noise(encoded.latents, draws.noise, draws.sigma)
+    condition = encoded.image_latents * append_dims(draws.keep_image_latents, encoded.image_latents)
+    token = encoded.image_embeds * append_dims(draws.keep_image_embeds, encoded.image_embeds)
+    return UNetInput(
+        sample=torch.cat(
+            [append_dims(c.c_in, noisy) * noisy, repeat(condition, "b z h w -> b t z h w", t=noisy.shape[1])], dim=2
+        ),
+        timestep=c.c_noise,
+        encoder_hidden_states=rearrange(token, "b d -> b 1 d"),
+        added_time_ids=added_time_ids(batch, draws),
+    )

@@ -1,0 +1,76 @@
+"""Findings are data: checks return them, one renderer turns them into text or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that would make the run crash (error) or deserves a look (warning)."""
+
+    code: str
+    severity: Literal["error", "warning"]
+    where: str
+    got: str
+    expected: str = ""
+    why: str = ""
+    fix: str = ""
+    patch: tuple[str, ...] = ()
+    """Overrides (`section.key=value`) that make the change, where the fix is one."""
+    verified: bool = False
+    """True only when the checks were run again with `patch` applied and the finding was gone."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage went."""
+
+    name: str
+    seconds: float
+    status: Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All stages and findings of one preflight."""
+
+    stages: Sequence[Stage]
+    findings: Sequence[Finding]
+    ignored: Sequence[Finding] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """No error was found."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {
+            "ok": self.ok,
+            "stages": [asdict(stage) for stage in self.stages],
+            "findings": [asdict(finding) for finding in self.findings],
+            "ignored": [asdict(finding) for finding in self.ignored],
+            "axes": dict(self.axes),
+            "predicted": {},
+        }
+
+    def render(self) -> str:
+        """The same for a person: a line per stage, a paragraph per finding."""
+        lines = [f"preflight: {_stages(self.stages)}"]
+        lines += [_paragraph(finding) for finding in self.findings]
+        lines += [f"  ignored {finding.code} {finding.where} (preflight.ignore)" for finding in self.ignored]
+        return "\n".join(lines)
+
+
+def _stages(stages: Sequence[Stage]) -> str:
+    return ", ".join(f"{stage.name} {stage.status} ({stage.seconds:.1f} s)" for stage in stages)
+
+
+def _paragraph(finding: Finding) -> str:
+    expected = f", expected {finding.expected}" if finding.expected else ""
+    rest = [line for line in (finding.why, f"Fix: {finding.fix}" if finding.fix else "") if line]
+    return "\n      ".join([f"  {finding.severity} {finding.code} {finding.where}: {finding.got}{expected}", *rest])

@@ -1,0 +1,170 @@
+"""Diffusers parts from a folder, a hub id or `tiny`; strict, classes by name, safetensors only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from svdtune.config.schema import Model
+from svdtune.contracts import ModelFacts
+from svdtune.errors import ModelError
+from svdtune.model.facts import FILES, SHIPPED, ModelConfigs, local_folder, model_facts, read_configs
+
+# Saved by old transformers, computed by new ones; carries no information.
+HARMLESS = {"vision_model.embeddings.position_ids"}
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """An SVD model in memory: three networks in float32 and eval mode on the CPU (or fake), and its JSON."""
+
+    unet: UNetSpatioTemporalConditionModel
+    vae: AutoencoderKLTemporalDecoder
+    image_encoder: CLIPVisionModelWithProjection
+    configs: ModelConfigs
+    facts: ModelFacts
+
+
+def load_model(model: Model) -> ModelParts:
+    """All parts of `model.pretrained`. Raises ModelError naming the part, the file and the keys that are wrong."""
+    folder = model_folder(model)
+    configs = read_configs(folder)
+    facts = model_facts(configs)
+    return ModelParts(
+        unet=_load(UNetSpatioTemporalConditionModel, folder, "unet", model.variant),
+        vae=_load(AutoencoderKLTemporalDecoder, folder, "vae", model.variant),
+        image_encoder=_load(CLIPVisionModelWithProjection, folder, "image_encoder", model.variant),
+        configs=configs,
+        facts=facts,
+    )
+
+
+def known_configs(model: Model) -> ModelConfigs:
+    """The JSON of the model without its weights: from its folder, or from the package for a known hub id."""
+    folder = local_folder(model.pretrained)
+    if folder is None:
+        folder = SHIPPED.get(model.pretrained) or model_folder(model)
+    return read_configs(folder)
+
+
+def fake_model(configs: ModelConfigs) -> ModelParts:
+    """The architecture on the meta device: shapes without weights or memory.
+
+    `.to("meta")` afterwards: 38 UNet and 14 VAE `mix_factor` parameters ignore the device context.
+    """
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
+        vae = AutoencoderKLTemporalDecoder.from_config(dict(configs.vae))
+        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(configs.image_encoder)))
+    parts = (network.to("meta").requires_grad_(False).eval() for network in (unet, vae, image_encoder))
+    return ModelParts(*parts, configs=configs, facts=model_facts(configs))
+
+
+def model_folder(model: Model) -> Path:
+    """The folder of the model on this machine; a hub id is downloaded (or found in the cache) first."""
+    return local_folder(model.pretrained) or _download(model)
+
+
+def require_weights(model: Model) -> None:
+    """Raise ModelError when a local folder lacks the weight files that `model.variant` names. A hub id is not asked."""
+    folder = local_folder(model.pretrained)
+    if folder is not None:
+        for part in ("unet", "vae", "image_encoder"):
+            _weight_files(folder, part, model.variant)
+
+
+def weights_hash(folder: Path, part: str, variant: str | None) -> str:
+    """sha256 over the weight files of one part: what a checkpoint remembers its base by."""
+    digest = hashlib.sha256()
+    for file in _weight_files(folder, part, variant):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _download(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    suffix = f".{model.variant}.safetensors" if model.variant else ".safetensors"
+    wanted = ["model_index.json", *FILES.values(), *(f"{part}/*{suffix}" for part in ("unet", "vae", "image_encoder"))]
+    try:
+        return Path(snapshot_download(model.pretrained, revision=model.revision, allow_patterns=wanted))
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"model.pretrained: the hub has no {model.pretrained}, or it is gated and no token is set. "
+            "Check the name; for a gated model accept its licence on its page and run `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.pretrained: could not get {model.pretrained} (revision {model.revision or 'main'}): {error}. Without a "
+            "network, download the folder elsewhere and give its path; 'tiny' ships with svdtune and needs no download."
+        ) from error
+
+
+def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
+    _weight_files(folder, part, variant)
+    try:
+        network, info = cls.from_pretrained(
+            folder / part, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            torch_dtype=torch.float32,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder / part}: {_first_line(error)}. The weights do not fit the config beside them."
+        ) from error
+    _strict(folder / part, info)
+    return network.requires_grad_(False).eval()
+
+
+def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The safetensors of a part, shards included. Raises ModelError naming what lies there instead."""
+    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    there = sorted((folder / part).glob("*.safetensors"))
+    files = [f for f in there if f.name.endswith(suffix) and (variant or f.name.count(".") == 1)]
+    if not files:
+        others = sorted(
+            f.name for f in (folder / part).glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
+        )
+        raise ModelError(
+            f"{folder / part}: no *{suffix} with model.variant={variant or 'null'}; there: {', '.join(others) or 'no weights'}. "
+            f"{_variant_hint(there, variant)}"
+        )
+    return files
+
+
+def _variant_hint(there: list[Path], variant: str | None) -> str:
+    if any(f.name.endswith(".fp16.safetensors") for f in there) and variant is None:
+        return "Set model.variant=fp16."
+    if there and variant:
+        return "Set model.variant=null."
+    return "svdtune reads safetensors only; a .bin or .pt file can run code when opened."
+
+
+def _strict(where: Path, info: Mapping[str, Any]) -> None:
+    problems = {
+        "missing": sorted(set(info["missing_keys"])),
+        "unexpected": sorted(set(info["unexpected_keys"]) - HARMLESS),
+        "misshapen": sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]),
+    }
+    told = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if told:
+        raise ModelError(
+            f"{where}: the weights are not the network of config.json: {'; '.join(told)}. Missing weights would train from "
+            "random values. Take weights and config from one release."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

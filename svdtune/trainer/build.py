@@ -1,0 +1,140 @@
+"""From a Config to everything the loop needs. Nothing here trains."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from svdtune.config.schema import Config
+from svdtune.diffusion.conditioning import ClipPixels
+from svdtune.errors import ConfigError
+from svdtune.launch import check_world, local_processes
+from svdtune.model.adapt import adapt
+from svdtune.model.load import ModelParts, load_model, weights_hash
+from svdtune.trainer.optimizer import make_ema, make_optimizer, make_schedule
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.step import Parts
+
+if TYPE_CHECKING:
+    from svdtune.data.catalog import Catalog
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process of a run, built and ready."""
+
+    config: Config
+    accelerator: Accelerator
+    folder: RunFolder
+    catalog: Catalog
+    model: ModelParts
+    """The unwrapped networks (`model.unet` is the adapted UNet inside `parts.unet`)."""
+    parts: Parts
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    """Wrapped by accelerate: it owns the gradient scaler."""
+    schedule: LRScheduler
+    ema: EMAModel | None
+    conventions: dict[str, Any]
+    """What a sampler must share with this training; goes into every manifest."""
+
+    @property
+    def clips_per_step(self) -> int:
+        """Clips that one optimizer step sees, over all ranks."""
+        train = self.config.train
+        return train.batch_size * train.accumulation * self.accelerator.num_processes
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The process group, checked against what the launcher promised.
+
+    Raises ConfigError for a precision that this device cannot do, UsageError for a world that is not one run.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and config.train.precision == "fp16":
+        raise ConfigError("train.precision: fp16 needs an NVIDIA GPU and none is visible. Use bf16 or no.")
+    accelerator = Accelerator(
+        cpu=on_cpu, mixed_precision=config.train.precision, log_with=list(config.tracking.backends) or None,
+        project_dir=str(Path(config.run.dir) / config.run.name),
+    )  # fmt: skip
+    check_world(accelerator.num_processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Kernels round differently with another thread count, so it is set here and not left to the launcher.
+    torch.set_num_threads(config.run.threads or max(1, cores // local_processes()))
+    return accelerator
+
+
+def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: Catalog) -> Session:
+    """Load, adapt and wrap. Each error is the user's, from the module that found it."""
+    dtype = DTYPES[config.train.precision]
+    model = load_model(config.model)
+    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    if config.memory.checkpointing == "diffusers" or (
+        config.memory.checkpointing == "auto" and accelerator.device.type != "cpu"
+    ):
+        model.unet.enable_gradient_checkpointing()
+    model.unet.to(accelerator.device).train()  # pyright: ignore[reportArgumentType]
+    model.vae.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    model.image_encoder.to(accelerator.device, dtype)  # pyright: ignore[reportCallIssue]
+    optimizer = make_optimizer(config.train, trained.values(), accelerator.device)
+    ema = make_ema(config.train, trained.values())
+    unet, wrapped = accelerator.prepare(model.unet, optimizer)
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        catalog=catalog,
+        model=model,
+        parts=Parts(
+            unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, dtype, config.memory.vae_chunk
+        ),
+        trained=trained,
+        optimizer=wrapped,
+        schedule=make_schedule(config.train, optimizer),
+        ema=ema,
+        conventions=conventions(config, model),
+    )
+
+
+def clip_pixels(model: ModelParts) -> ClipPixels:
+    """How this model's CLIP tower wants its picture, from its own configs."""
+    extractor = model.configs.feature_extractor
+    return ClipPixels(model.facts.clip_size, tuple(extractor["image_mean"]), tuple(extractor["image_std"]))
+
+
+def conventions(config: Config, model: ModelParts) -> dict[str, Any]:
+    """The choices that sampling must repeat, and the base they were made on."""
+    data = config.data
+    return {
+        "base": {
+            "pretrained": config.model.pretrained,
+            "variant": config.model.variant,
+            "revision": config.model.revision,
+            "unet_sha256": weights_hash(model.configs.folder, "unet", config.model.variant),
+        },
+        "adapt": config.adapt.method,
+        "added_time_ids": ["fps - 1", "motion_bucket_id", "noise_aug_strength"],
+        "num_frames": data.num_frames,
+        "height": data.height,
+        "width": data.width,
+        "resize": data.resize,
+        "fps": data.fps,
+        "motion_bucket": data.motion_bucket,
+        "p_mean": config.objective.p_mean,
+        "p_std": config.objective.p_std,
+        "dropout": config.conditioning.dropout,
+        "noise_aug": list(config.conditioning.noise_aug),
+        "noise_aug_strength": config.validation.noise_aug_strength,
+        "guidance": list(config.validation.guidance),
+        "inference_steps": config.validation.inference_steps,
+    }

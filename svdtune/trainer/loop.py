@@ -1,0 +1,187 @@
+"""The loop: micro-steps to an update, and around it logging, validation and checkpoints, each from its own module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from svdtune.contracts import VideoBatch, move
+from svdtune.data.loader import make_loader
+from svdtune.diffusion.draws import make_draws
+from svdtune.errors import Diverged, Stopped
+from svdtune.trainer import state, tracking
+from svdtune.trainer.build import Session
+from svdtune.trainer.metrics import StepReport, reduce_step
+from svdtune.trainer.progress import Progress, memory_gib
+from svdtune.trainer.signals import StopWish
+from svdtune.trainer.state import Position
+from svdtune.trainer.step import train_step
+from svdtune.trainer.validate import Validator
+
+# fp16's loss scale starts too high and is halved at each overflow: a few skipped updates are how it is found.
+MAX_SKIPPED = 20
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What the micro-steps of one update leave behind: losses and sigmas (clips,) of this rank, and the clips' names."""
+
+    losses: Tensor
+    sigmas: Tensor
+    names: tuple[str, ...]
+
+
+def run_loop(session: Session, position: Position, config_text: str, wish: StopWish) -> Position:
+    """Train from `position` to `train.steps`. Raises Diverged (no update made) or Stopped (checkpoint saved)."""
+    config = session.config
+    progress = Progress(
+        config.train.steps, session.clips_per_step, config.train.log_interval, session.accelerator.is_main_process
+    )
+    validator = Validator(session)
+    if position.step == 0:
+        _validate(session, validator, progress, 0)
+    batches = iter(_loader(session, position))
+    skipped = 0
+    while position.step < config.train.steps:
+        accumulated = _accumulate(session, batches)
+        report = _update(session, accumulated, stop=wish.name is not None)
+        skipped = skipped + 1 if not math.isfinite(report.grad_norm) else 0
+        _halt_if_diverged(session, position, accumulated, report, skipped)
+        position = Position(position.step + 1, position.samples + session.clips_per_step)
+        _report(session, progress, position, report)
+        last = position.step == config.train.steps
+        if last or position.step % config.validation.interval == 0:
+            _validate(session, validator, progress, position.step)
+        if last or report.stop or position.step % config.checkpoint.interval == 0:
+            _save(session, position, config_text)
+        if report.stop and not last:
+            raise Stopped(
+                f"stopped by {wish.name or 'a signal on another rank'} after step {position.step}; the checkpoint is saved. "
+                "Run the same command again to go on."
+            )
+    if session.accelerator.is_main_process:
+        validator.sheet(position.step)
+    return position
+
+
+def _loader(session: Session, position: Position):
+    config, accelerator = session.config, session.accelerator
+    return make_loader(
+        config.data,
+        session.catalog.train,
+        seed=config.run.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        batch_size=config.train.batch_size,
+        first_sample=position.samples,
+        last_sample=position.samples + (config.train.steps - position.step) * session.clips_per_step,
+    )
+
+
+def _accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
+    config, accelerator, parts = session.config, session.accelerator, session.parts
+    losses, sigmas, names = [], [], []
+    for micro in range(config.train.accumulation):
+        batch = next(batches)
+        if batch.rejected:
+            session.folder.reject(batch.rejected)
+        draws = make_draws(
+            batch.sample.tolist(), batch.axes(parts.facts), seed=config.run.seed, objective=config.objective,
+            conditioning=config.conditioning,
+        )  # fmt: skip
+        batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
+        last = micro == config.train.accumulation - 1
+        with nullcontext() if last else accelerator.no_sync(parts.unet):
+            result = train_step(parts, batch, draws)
+            accelerator.backward(result.loss / config.train.accumulation)
+        losses.append(result.loss_per_clip.detach())
+        sigmas.append(draws.sigma)
+        names.extend(batch.names)
+    return Accumulated(torch.cat(losses), torch.cat(sigmas), tuple(names))
+
+
+def _update(session: Session, accumulated: Accumulated, *, stop: bool) -> StepReport:
+    """One optimizer step, if loss and gradient norm are finite on every rank."""
+    accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
+    max_norm = session.config.train.clip_norm or math.inf
+    grad_norm = accelerator.clip_grad_norm_(trained, max_norm)
+    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, torch.as_tensor(grad_norm), stop=stop)
+    # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
+    if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
+        optimizer.step()
+        session.schedule.step()
+        if session.ema is not None:
+            session.ema.step(trained)
+    optimizer.zero_grad(set_to_none=True)
+    return report
+
+
+def _halt_if_diverged(
+    session: Session, position: Position, accumulated: Accumulated, report: StepReport, skipped: int
+) -> None:
+    allowed = MAX_SKIPPED if session.accelerator.scaler is not None else 0
+    if math.isfinite(report.loss) and skipped <= allowed:
+        return
+    mine = zip(accumulated.names, accumulated.sigmas.tolist(), accumulated.losses.tolist(), strict=True)
+    clips = [f"{name} (sigma {sigma:.4g}, loss {loss:.4g})" for name, sigma, loss in mine]
+    bad = [line for line in gather_object(clips) if "loss nan" in line or "loss inf" in line] or gather_object(clips)
+    raise Diverged(
+        f"step {position.step + 1}: loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}; no update was made from it. "
+        f"Clips of this step: {'; '.join(bad[:8])}. The last checkpoint is good. Lower train.lr, check these clips, "
+        "or use train.precision=bf16."
+    )
+
+
+def _report(session: Session, progress: Progress, position: Position, report: StepReport) -> None:
+    lr = session.schedule.get_last_lr()[0]
+    progress.update(position.step, report, lr)
+    line = {
+        "step": position.step,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": lr,
+        "samples": position.samples,
+        "clips_per_second": round(progress.clips_per_second(), 4),
+        "memory_gib": round(memory_gib(), 3),
+        **{f"loss/sigma {band}": loss for band, loss in report.loss_by_sigma.items()},
+    }
+    _write(session, line, position.step)
+    if session.accelerator.is_main_process:
+        session.folder.beat()
+
+
+def _validate(session: Session, validator: Validator, progress: Progress, step: int) -> None:
+    losses = validator.held_out_loss()
+    if losses:
+        _write(session, {"step": step, **losses}, step)
+        progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
+    videos: list[Path] = []
+    if session.accelerator.is_main_process:
+        videos = validator.sample_videos(step)
+        for video in videos:
+            progress.say(f"step {step}: sample {video}")
+    tracking.log_videos(session, videos, step)
+    session.accelerator.wait_for_everyone()
+
+
+def _save(session: Session, position: Position, config_text: str) -> None:
+    if session.accelerator.is_main_process:
+        folder = state.save(session, position, config_text)
+        session.folder.write_status(
+            state="training", step=position.step, world_size=session.accelerator.num_processes, exit_code=None,
+            reason=None, checkpoint=str(folder),
+        )  # fmt: skip
+    session.accelerator.wait_for_everyone()
+
+
+def _write(session: Session, line: dict[str, float], step: int) -> None:
+    if session.accelerator.is_main_process:
+        session.folder.append_metrics(line)
+    tracking.log(session, line, step)

@@ -1,0 +1,48 @@
+"""What one optimizer step reports, gathered over ranks in one reduction and one host synchronisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+# Edges of the loss-per-sigma bands: about the quartiles of SVD-XT's sigma distribution, fixed so that runs compare.
+BAND_EDGES = (0.0, 1.0, 3.0, 8.0, float("inf"))
+BANDS = tuple(f"{low:g}-{high:g}" for low, high in pairwise(BAND_EDGES))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Over all ranks: mean loss, gradient norm, mean loss by sigma band (bands without a clip left out), stop wish."""
+
+    loss: float
+    grad_norm: float
+    loss_by_sigma: dict[str, float]
+    stop: bool
+
+
+def reduce_step(
+    accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_norm: Tensor, *, stop: bool
+) -> StepReport:
+    """losses and sigmas (clips,) of this rank's clips, grad_norm (). The only place of a step that waits for the device.
+
+    A NaN or infinity on any rank makes the sum over ranks non-finite, so every rank sees it.
+    """
+    inner = torch.tensor(BAND_EDGES[1:-1], device=sigmas.device)
+    band = torch.nn.functional.one_hot(torch.bucketize(sigmas, inner, right=True), len(BANDS)).float()
+    # NaN must stay out of the other bands: 0 * NaN is NaN.
+    in_band = torch.where(band > 0, losses[:, None], 0).sum(0)
+    flags = torch.stack([losses.mean(), grad_norm.float(), losses.new_tensor(float(stop))])
+    summed = accelerator.reduce(torch.cat([flags, in_band, band.sum(0)]), reduction="sum")
+    values = summed.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    n, world = len(BANDS), accelerator.num_processes
+    sums, counts = values[3 : 3 + n], values[3 + n :]
+    return StepReport(
+        loss=values[0] / world,
+        grad_norm=values[1] / world,
+        loss_by_sigma={name: s / c for name, s, c in zip(BANDS, sums, counts, strict=True) if c},
+        stop=values[2] > 0,
+    )

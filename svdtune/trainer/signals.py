@@ -1,0 +1,33 @@
+"""SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a second signal ends the process at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class StopWish:
+    """Set by a signal handler, read once per optimizer step."""
+
+    name: str | None = None
+
+
+@contextmanager
+def listen() -> Iterator[StopWish]:
+    """Handlers for the time of the loop; the previous ones are put back afterwards."""
+    wish = StopWish()
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        wish.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

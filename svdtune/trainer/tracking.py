@@ -1,0 +1,65 @@
+"""wandb and TensorBoard through accelerate's trackers. metrics.jsonl is the run folder's business, not theirs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from svdtune.config.schema import Config
+from svdtune.errors import ConfigError
+from svdtune.trainer.build import Session
+
+
+def start(session: Session) -> None:
+    """Open the trackers of `tracking.backends`. Raises ConfigError when one is not installed or refuses to start."""
+    config = session.config
+    if not config.tracking.backends:
+        return
+    # A tracker must not store code, command lines or printed text: they may hold secrets.
+    os.environ.setdefault("WANDB_DISABLE_CODE", "true")
+    wandb = {
+        "name": config.run.name,
+        "mode": config.tracking.wandb_mode,
+        "dir": str(session.folder.path),
+        "settings": {"console": "off", "disable_git": True, "silent": True},
+    }
+    try:
+        session.accelerator.init_trackers(config.tracking.project, flat(asdict(config)), {"wandb": wandb})
+    except Exception as error:
+        raise ConfigError(
+            f"tracking.backends: {', '.join(config.tracking.backends)} did not start: {error}. "
+            "For wandb without a network or an account use tracking.wandb_mode=offline; tracking.backends=[] turns trackers off."
+        ) from error
+
+
+def log(session: Session, values: dict[str, Any], step: int) -> None:
+    """Numbers of one optimizer step, to every tracker."""
+    session.accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
+
+
+def log_videos(session: Session, videos: list[Path], step: int) -> None:
+    """Sample videos: wandb gets the mp4 files as they are."""
+    if not videos or "wandb" not in session.config.tracking.backends or not session.accelerator.is_main_process:
+        return
+    import wandb
+
+    media = {f"samples/{video.stem}": wandb.Video(str(video), format="mp4") for video in videos}
+    session.accelerator.get_tracker("wandb").log(media, step=step)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1e-4}} to {"train.lr": 1e-4}; lists become text, as TensorBoard's hparams want."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return result
+
+
+def names(config: Config) -> list[str]:
+    """The backends, for messages."""
+    return list(config.tracking.backends)

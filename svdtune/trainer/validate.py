@@ -1,0 +1,157 @@
+"""How progress is seen: held-out loss at fixed sigmas with fixed noise, sample videos, and the contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svdtune.contracts import VideoBatch, move
+from svdtune.data.loader import held_out_batches
+from svdtune.diffusion.draws import fixed_draws
+from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
+from svdtune.sample.sheet import contact_sheet
+from svdtune.sample.video import read_image, write_mp4
+from svdtune.trainer.build import Session
+from svdtune.trainer.step import denoise, encode
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A first frame (c, h, w) in [-1, 1] to sample a video from, and the true clip uint8 (t, h, w, 3) where one is known."""
+
+    name: str
+    image: Tensor
+    truth: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Validator:
+    """The fixed clips and subjects of a run; clips are decoded once and kept on the CPU."""
+
+    session: Session
+
+    @cached_property
+    def clips(self) -> list[VideoBatch]:
+        """The held-out clips of the held-out loss, one per batch, the same on every rank."""
+        return self._decode(self.session.config.validation.clips)
+
+    @cached_property
+    def subjects(self) -> list[Subject]:
+        """What sample videos start from: the given images, or held-out clips (training clips when none is held out)."""
+        config = self.session.config
+        if config.validation.images:
+            return [_image_subject(Path(image), config.data) for image in config.validation.images]
+        batches = self._decode(config.validation.samples, fall_back=True)
+        return [Subject(Path(b.names[0]).stem, b.pixels[0, 0], to_uint8(b.pixels[0])) for b in batches]
+
+    def held_out_loss(self) -> dict[str, float]:
+        """Mean loss over the held-out clips, in all and per sigma; {} without held-out clips. Called on every rank."""
+        session, sigmas = self.session, self.session.config.validation.sigmas
+        if not self.clips:
+            return {}
+        accelerator, device = session.accelerator, session.accelerator.device
+        parts = replace(session.parts, unet=session.model.unet)
+        sums = torch.zeros(len(sigmas), device=device)
+        with inference(session), torch.no_grad():
+            for clip in self.clips[accelerator.process_index :: accelerator.num_processes]:
+                axes, batch = clip.axes(parts.facts), move(clip, device)
+                draws = [
+                    move(fixed_draws(clip.sample.tolist(), sigma, axes, seed=session.config.run.seed,
+                                     conditioning=session.config.conditioning), device)
+                    for sigma in sigmas
+                ]  # fmt: skip
+                encoded = encode(parts, batch, draws[0])
+                sums += torch.stack([denoise(parts, encoded, batch, draw).loss for draw in draws])
+        losses = (accelerator.reduce(sums, reduction="sum") / len(self.clips)).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        by_sigma = {f"held_out_loss/sigma {sigma:g}": loss for sigma, loss in zip(sigmas, losses, strict=True)}
+        return {"held_out_loss": fmean(losses), **by_sigma}
+
+    def sample_videos(self, step: int) -> list[Path]:
+        """One mp4 per subject in samples/step-XXXXXX/. Called on the main process only."""
+        folder = sample_folder(self.session, step)
+        paths = []
+        for subject in self.subjects:
+            frames = self._sample(subject)
+            paths.append(folder / f"{subject.name}.mp4")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_mp4(paths[-1], frames, self.session.config.data.fps)
+            _save_frames(paths[-1], frames)
+        return paths
+
+    def sheet(self, step: int) -> Path | None:
+        """contact_sheet.png: first frame, base (the samples of step 0), fine-tuned (of `step`), truth; None if unsampled."""
+        rows: list[tuple[str, np.ndarray]] = []
+        for subject in self.subjects:
+            base, tuned = (_load_frames(sample_folder(self.session, s) / f"{subject.name}.mp4") for s in (0, step))
+            first = to_uint8(subject.image[None])
+            candidates = [("first frame", first), ("base", base), ("fine-tuned", tuned), ("truth", subject.truth)]
+            rows += [(label, frames) for label, frames in candidates if frames is not None]
+        if not rows:
+            return None
+        path = self.session.folder.path / "contact_sheet.png"
+        contact_sheet(path, rows)
+        return path
+
+    def _sample(self, subject: Subject) -> np.ndarray:
+        session, model = self.session, self.session.model
+        pipeline = build_pipeline(model.unet, model.vae, model.image_encoder, dict(model.configs.scheduler),
+                                  dict(model.configs.feature_extractor))  # fmt: skip
+        with inference(session):
+            return sample_video(
+                pipeline, subject.image, SampleSettings.from_config(session.config), seed=session.config.run.seed
+            )
+
+    def _decode(self, count: int, *, fall_back: bool = False) -> list[VideoBatch]:
+        catalog, config = self.session.catalog, self.session.config
+        files = catalog.held_out or (catalog.train if fall_back else ())
+        if not files or not count:
+            return []
+        return list(held_out_batches(config.data, files, clips=count, seed=config.run.seed, batch_size=1))
+
+
+@contextmanager
+def inference(session: Session) -> Iterator[None]:
+    """Eval mode, with the EMA weights in place where there are some; training weights and mode come back afterwards."""
+    unet, ema, trained = session.model.unet, session.ema, list(session.trained.values())
+    unet.eval()
+    if ema is not None:
+        ema.store(trained)
+        ema.copy_to(trained)
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(trained)
+        unet.train()
+
+
+def sample_folder(session: Session, step: int) -> Path:
+    """Where the sample videos of a step lie."""
+    return session.folder.samples / f"step-{step:06d}"
+
+
+def to_uint8(pixels: Tensor) -> np.ndarray:
+    """(t, c, h, w) in [-1, 1] to uint8 (t, h, w, c)."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _image_subject(path: Path, data: object) -> Subject:
+    image = read_image(path, height=data.height, width=data.width, resize=data.resize)  # pyright: ignore
+    return Subject(path.stem, image, None)
+
+
+def _save_frames(video: Path, frames: np.ndarray) -> None:
+    np.save(video.with_suffix(".npy"), frames)
+
+
+def _load_frames(video: Path) -> np.ndarray | None:
+    path = video.with_suffix(".npy")
+    return np.load(path, allow_pickle=False) if path.is_file() else None

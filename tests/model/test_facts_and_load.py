@@ -1,0 +1,150 @@
+"""Where a model comes from: facts of the shipped architectures, strict loading, and each error's sentence."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdtune.config.schema import Model
+from svdtune.errors import ModelError
+from svdtune.model.facts import SHIPPED, local_folder, model_facts, read_configs
+from svdtune.model.load import fake_model, load_model, weights_hash
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(svd_folder, tmp_path):
+    shutil.copytree(svd_folder, tmp_path / "svd")
+    return tmp_path / "svd"
+
+
+def load(folder, variant=None):
+    return load_model(Model(pretrained=str(folder), variant=variant))
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_facts_of_svd_and_xt_differ_in_frames_only():
+    svd, xt = (model_facts(read_configs(SHIPPED[f"stabilityai/stable-video-diffusion-img2vid{x}"])) for x in ("", "-xt"))
+    assert (svd.num_frames, xt.num_frames) == (14, 25)
+    assert (xt.c, xt.z, xt.f, xt.d, xt.m, xt.clip_size, xt.scaling_factor) == (3, 4, 8, 1024, 3, 224, 0.18215)
+    assert svd.axes(b=1, t=1, h=8, w=8) == xt.axes(b=1, t=1, h=8, w=8)
+
+
+def test_shipped_architecture_has_the_parameters_of_the_released_model():
+    parts = fake_model(read_configs(SHIPPED["stabilityai/stable-video-diffusion-img2vid-xt"]))
+    counts = [sum(p.numel() for p in network.parameters()) for network in (parts.unet, parts.vae, parts.image_encoder)]
+    assert counts == [1_524_623_082, 97_742_847, 632_076_800]
+    assert all(p.device.type == "meta" for p in parts.unet.parameters())
+
+
+def test_loads_what_diffusers_saved_frozen_and_in_eval_mode(svd_folder):
+    parts = load(svd_folder)
+    saved = load_file(svd_folder / UNET)
+    for name, parameter in parts.unet.named_parameters():
+        assert torch.equal(parameter, saved[name])
+        assert not parameter.requires_grad
+    assert not parts.unet.training
+    assert parts.facts.f == 4
+    assert parts.facts.d == 24
+
+
+def test_a_missing_weight_is_an_error_not_a_random_layer(folder):
+    tensors = load_file(folder / UNET)
+    removed = [k for k in tensors if "temporal_transformer_blocks" in k]
+    save_file({k: v for k, v in tensors.items() if k not in removed}, folder / UNET, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"unet: .*{len(removed)} missing \(.*temporal_transformer_blocks.*train from random values"):
+        load(folder)
+
+
+def test_an_unexpected_weight_is_an_error(folder):
+    save_file({**load_file(folder / UNET), "motion.weight": torch.zeros(2)}, folder / UNET, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 unexpected \(motion\.weight\)"):
+        load(folder)
+
+
+def test_a_misshapen_weight_is_an_error(folder):
+    tensors = load_file(folder / UNET)
+    tensors["conv_in.weight"] = tensors["conv_in.weight"][:, :4].contiguous()
+    save_file(tensors, folder / UNET, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"unet: .*conv_in\.weight.*do not fit the config"):
+        load(folder)
+
+
+def test_variant_that_is_not_there_names_the_change_that_fixes_it(folder):
+    with pytest.raises(ModelError, match=r"no \*\.fp16\.safetensors with model\.variant=fp16.*Set model\.variant=null"):
+        load(folder, "fp16")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("image_encoder", "model")):
+        (folder / part / f"{name}.safetensors").rename(folder / part / f"{name}.fp16.safetensors")
+    with pytest.raises(ModelError, match=r"model\.variant=null; there: .*fp16.*Set model\.variant=fp16"):
+        load(folder)
+    assert load(folder, "fp16").facts.f == 4
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / UNET).unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ModelError, match=r"there: diffusion_pytorch_model\.bin\. svdtune reads safetensors only"):
+        load(folder)
+
+
+def test_missing_config_names_the_file(folder):
+    (folder / "image_encoder/config.json").unlink()
+    with pytest.raises(ModelError, match=r"image_encoder/config\.json is missing.*class defaults that are not SVD's"):
+        load(folder)
+
+
+def test_broken_json_names_the_file(folder):
+    (folder / "vae/config.json").write_text("{,}")
+    with pytest.raises(ModelError, match=r"vae/config\.json is not valid JSON"):
+        load(folder)
+
+
+def test_another_kind_of_unet_is_named(folder):
+    edit(folder / "unet/config.json", _class_name="UNet2DConditionModel")
+    with pytest.raises(ModelError, match="class is UNet2DConditionModel, expected UNetSpatioTemporalConditionModel"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("unet", {"projection_class_embeddings_input_dim": 16}, r"add_embedding takes 16 = 1 x 16 numbers, SVD gives it 3 ids \(fps - 1, "),
+        ("image_encoder", {"projection_dim": 20}, r"embeddings of width 20, the UNet's cross_attention_dim is 24"),
+        ("unet", {"in_channels": 4}, r"the UNet takes 4 channels, noisy plus conditioning latents have 2 x 4"),
+        ("unet", {"out_channels": 3}, r"the UNet gives 3 channels, the VAE's latents have 4"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_belong_together(folder, file, change, sentence):
+    edit(folder / file / "config.json", **change)
+    with pytest.raises(ModelError, match=sentence):
+        model_facts(read_configs(folder))
+
+
+def test_what_pretrained_may_be(tmp_path):
+    assert local_folder("tiny").name == "tiny"
+    assert local_folder("owner/name") is None
+    with pytest.raises(ModelError, match=r"no such folder: .*nowhere.*hub id \(owner/name\) or 'tiny'"):
+        local_folder(str(tmp_path / "nowhere"))
+    (tmp_path / "svd_xt.safetensors").touch()
+    with pytest.raises(ModelError, match="is a file"):
+        local_folder(str(tmp_path / "svd_xt.safetensors"))
+
+
+def test_hub_id_without_a_network_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match=r"could not get someone/nothing \(revision main\).*give its path; 'tiny' ships with svdtune"):
+        load_model(Model(pretrained="someone/nothing"))
+
+
+def test_hash_follows_the_weights(folder):
+    before = weights_hash(folder, "unet", None)
+    tensors = load_file(folder / UNET)
+    tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1
+    save_file(tensors, folder / UNET, {"format": "pt"})
+    assert weights_hash(folder, "unet", None) != before

@@ -1,0 +1,70 @@
+"""Demo clips and a command line for short runs of the tiny base."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+SHORT = ["train.precision=no", "data.num_frames=4", "data.workers=0", "run.threads=1", "train.log_interval=1",
+         "train.warmup=0", "train.schedule=constant", "validation.samples=0", "validation.clips=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve H.264 demo clips."""
+    from svdtune.data.demo import write_demo
+
+    folder = tmp_path_factory.mktemp("clips")
+    write_demo(folder, clips=12, motion="down", seed=0)
+    return folder
+
+
+@pytest.fixture
+def command(clips: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`command("run-name", "train.steps=3", launcher=[...])`: arguments of a short run below tmp_path."""
+
+    def make(name: str, *overrides: str, launcher: list[str] | None = None) -> list[str]:
+        run = [f"run.dir={tmp_path}", f"run.name={name}", f"data.root={clips}", "preflight.enabled=false"]
+        door = [sys.executable, *(launcher or []), "-m", "svdtune"]
+        return [*door, "train", str(REPO / "configs/tiny.yaml"), *run, *SHORT, *overrides]
+
+    return make
+
+
+@pytest.fixture
+def train(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
+    """Run to the end in a process of its own; returns the run folder."""
+
+    def run(name: str, *overrides: str, launcher: list[str] | None = None) -> Path:
+        done = start(command(name, *overrides, launcher=launcher))
+        _, err = done.communicate(timeout=300)
+        assert done.returncode == 0, err[-3000:]
+        return tmp_path / name
+
+    return run
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """Start a command with its output kept."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPO
+    )
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {line["step"]: line["loss"] for line in metrics(run) if "loss" in line}

@@ -1,0 +1,37 @@
+"""What the processes of test_ranks.py run: one step by the trainer's own functions, everything it saw saved per rank."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from svdtune.config.load import load_config
+from svdtune.data.catalog import scan
+from svdtune.trainer import loop
+from svdtune.trainer.build import build, make_accelerator
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.state import Position
+
+
+def main() -> None:
+    out, config_path, *overrides = sys.argv[1:]
+    config = load_config(Path(config_path), overrides)
+    accelerator = make_accelerator(config)
+    session = build(config, accelerator, RunFolder(Path(out)), scan(config.data))
+    batches = list(loop._loader(session, Position()))
+    seen = {"samples": torch.cat([b.sample for b in batches]), "pixels": torch.cat([b.pixels for b in batches])}
+    draws = []
+    make_draws = loop.make_draws
+    loop.make_draws = lambda *a, **k: draws.append(make_draws(*a, **k)) or draws[-1]
+    accumulated = loop._accumulate(session, iter(batches))
+    seen["noise"] = torch.cat([d.noise for d in draws])
+    seen |= {f"grad/{name}": p.grad.clone() for name, p in session.trained.items()}
+    loop._update(session, accumulated, stop=False)
+    seen |= {f"weight/{name}": p.detach().clone() for name, p in session.trained.items()}
+    torch.save(seen, Path(out) / f"rank-{accelerator.process_index}-of-{accelerator.num_processes}.pt")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
