@@ -24,7 +24,7 @@ def fake_step(config: Config) -> None:
     adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
     model.unet.train()
     model.unet.enable_gradient_checkpointing()
-    model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue]
+    model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
     data = config.data
     axes = model.facts.axes(b=config.train.batch_size, t=data.num_frames, h=data.height, w=data.width)
     with fake_tensors(model.unet, model.vae, model.image_encoder):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from svdtune.config.schema import Model
 from svdtune.contracts import ModelFacts
@@ -63,8 +64,9 @@ def fake_model(configs: ModelConfigs) -> ModelParts:
         unet = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
         vae = AutoencoderKLTemporalDecoder.from_config(dict(configs.vae))
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(configs.image_encoder)))
-    parts = (network.to("meta").requires_grad_(False).eval() for network in (unet, vae, image_encoder))
-    return ModelParts(*parts, configs=configs, facts=model_facts(configs))
+    networks: list[Any] = [unet, vae, image_encoder]
+    unet, vae, image_encoder = (network.to("meta").requires_grad_(False).eval() for network in networks)
+    return ModelParts(unet, vae, image_encoder, configs, model_facts(configs))
 
 
 def model_folder(model: Model) -> Path:
@@ -111,6 +113,7 @@ def _download(model: Model) -> Path:
 
 def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
     _weight_files(folder, part, variant)
+    transformers_logging.disable_progress_bar()
     try:
         network, info = cls.from_pretrained(
             folder / part, variant=variant, use_safetensors=True, local_files_only=True, output_loading_info=True,

@@ -38,8 +38,11 @@ class Accumulated:
     names: tuple[str, ...]
 
 
-def run_loop(session: Session, position: Position, config_text: str, wish: StopWish) -> Position:
-    """Train from `position` to `train.steps`. Raises Diverged (no update made) or Stopped (checkpoint saved)."""
+def run_loop(session: Session, position: Position, resolved: str, wish: StopWish) -> Position:
+    """Train from `position` to `train.steps`; `resolved` is the YAML that checkpoints carry.
+
+    Raises Diverged (no update made) or Stopped (checkpoint saved).
+    """
     config = session.config
     progress = Progress(
         config.train.steps, session.clips_per_step, config.train.log_interval, session.accelerator.is_main_process
@@ -50,17 +53,19 @@ def run_loop(session: Session, position: Position, config_text: str, wish: StopW
     batches = iter(_loader(session, position))
     skipped = 0
     while position.step < config.train.steps:
+        progress.begin()
+        lr = float(session.schedule.get_last_lr()[0])
         accumulated = _accumulate(session, batches)
         report = _update(session, accumulated, stop=wish.name is not None)
         skipped = skipped + 1 if not math.isfinite(report.grad_norm) else 0
         _halt_if_diverged(session, position, accumulated, report, skipped)
         position = Position(position.step + 1, position.samples + session.clips_per_step)
-        _report(session, progress, position, report)
+        _report(session, progress, position, report, lr)
         last = position.step == config.train.steps
         if last or position.step % config.validation.interval == 0:
             _validate(session, validator, progress, position.step)
         if last or report.stop or position.step % config.checkpoint.interval == 0:
-            _save(session, position, config_text)
+            _save(session, position, resolved)
         if report.stop and not last:
             raise Stopped(
                 f"stopped by {wish.name or 'a signal on another rank'} after step {position.step}; the checkpoint is saved. "
@@ -139,15 +144,16 @@ def _halt_if_diverged(
     )
 
 
-def _report(session: Session, progress: Progress, position: Position, report: StepReport) -> None:
-    lr = session.schedule.get_last_lr()[0]
-    progress.update(position.step, report, lr)
+def _report(session: Session, progress: Progress, position: Position, report: StepReport, lr: float) -> None:
+    seconds = progress.end()
+    progress.show(position.step, report, lr)
     line = {
         "step": position.step,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": lr,
         "samples": position.samples,
+        "seconds": round(seconds, 4),
         "clips_per_second": round(progress.clips_per_second(), 4),
         "memory_gib": round(memory_gib(), 3),
         **{f"loss/sigma {band}": loss for band, loss in report.loss_by_sigma.items()},
@@ -171,9 +177,9 @@ def _validate(session: Session, validator: Validator, progress: Progress, step: 
     session.accelerator.wait_for_everyone()
 
 
-def _save(session: Session, position: Position, config_text: str) -> None:
+def _save(session: Session, position: Position, resolved: str) -> None:
     if session.accelerator.is_main_process:
-        folder = state.save(session, position, config_text)
+        folder = state.save(session, position, resolved)
         session.folder.write_status(
             state="training", step=position.step, world_size=session.accelerator.num_processes, exit_code=None,
             reason=None, checkpoint=str(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,8 +37,8 @@ def reduce_step(
     # NaN must stay out of the other bands: 0 * NaN is NaN.
     in_band = torch.where(band > 0, losses[:, None], 0).sum(0)
     flags = torch.stack([losses.mean(), grad_norm.float(), losses.new_tensor(float(stop))])
-    summed = accelerator.reduce(torch.cat([flags, in_band, band.sum(0)]), reduction="sum")
-    values = summed.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    summed: Any = accelerator.reduce(torch.cat([flags, in_band, band.sum(0)]), reduction="sum")
+    values = summed.tolist()
     n, world = len(BANDS), accelerator.num_processes
     sums, counts = values[3 : 3 + n], values[3 + n :]
     return StepReport(

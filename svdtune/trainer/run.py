@@ -18,7 +18,7 @@ from svdtune.errors import Diverged, Stopped, SvdtuneError
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, make_accelerator
 from svdtune.trainer.loop import run_loop
-from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.run_folder import RunFolder, State
 from svdtune.trainer.signals import listen
 from svdtune.trainer.validate import inference
 
@@ -32,14 +32,15 @@ def train(config: Config, *, config_text: str) -> None:
     folder = RunFolder(Path(config.run.dir) / config.run.name)
     main = accelerator.is_main_process
     with folder.lock() if main else nullcontext(), _status(folder, accelerator):
+        resolved = resolved_yaml(config)
         if main:
-            folder.write_config(config_text, resolved_yaml(config))
+            folder.write_config(config_text, resolved)
         set_seed(config.run.seed)
         session = build(config, accelerator, folder, _scan(config, folder, main=main))
-        _run(session, config_text)
+        _run(session, resolved)
 
 
-def _run(session: Session, config_text: str) -> None:
+def _run(session: Session, resolved: str) -> None:
     position, said = state.resume(session)
     main = session.accelerator.is_main_process
     if main:
@@ -48,7 +49,7 @@ def _run(session: Session, config_text: str) -> None:
     session.accelerator.wait_for_everyone()
     tracking.start(session)
     with listen() as wish:
-        run_loop(session, position, config_text, wish)
+        run_loop(session, position, resolved, wish)
     if main:
         _export(session)
     session.accelerator.wait_for_everyone()
@@ -58,7 +59,7 @@ def _run(session: Session, config_text: str) -> None:
 def _scan(config: Config, folder: RunFolder, *, main: bool):
     catalog = scan(config.data)
     if main:
-        folder.reject([f"{rejected.path}: {rejected.reason}" for rejected in catalog.rejected])
+        folder.reject([rejected.reason for rejected in catalog.rejected])
         left_out = f", {len(catalog.rejected)} left out (rejected.jsonl says why)" if catalog.rejected else ""
         print(f"clips: {len(catalog.train)} to train on, {len(catalog.held_out)} held out{left_out}", file=sys.stderr)
     return catalog
@@ -81,7 +82,7 @@ def _status(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     """status.json follows what happens: the launcher turns every exit code into 1, so the truth is kept here."""
     world = accelerator.num_processes
 
-    def write(name: str, code: int | None, reason: str | None) -> None:
+    def write(name: State, code: int | None, reason: str | None) -> None:
         if accelerator.is_main_process:
             folder.write_status(state=name, world_size=world, exit_code=code, reason=reason)
 
@@ -89,7 +90,7 @@ def _status(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except SvdtuneError as error:
-        name = {Diverged: "diverged", Stopped: "stopped"}.get(type(error), "failed")
+        name: State = {Diverged: "diverged", Stopped: "stopped"}.get(type(error), "failed")  # pyright: ignore[reportAssignmentType]
         write(name, error.exit_code, str(error))
         raise
     except BaseException as error:

@@ -32,7 +32,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # ranks on other hosts may share the pid
         except OSError as error:
             raise UsageError(
                 f"{self.path}: expected a writable run folder, got: {error.strerror}. "
@@ -90,6 +90,10 @@ class RunFolder:
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl and hand it to the system. Lines with a `step` can be taken back by step."""
         _append(self.path / "metrics.jsonl", [json.dumps(values)])
+
+    def beat(self) -> None:
+        """Touch the heartbeat file: its age tells a watcher how long ago the last optimizer step ended."""
+        (self.path / "heartbeat").touch()
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after `step` (they will be written again) and a line that a kill cut short."""

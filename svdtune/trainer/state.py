@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.files import load_json, save_json
@@ -24,8 +25,8 @@ class Position:
     samples: int = 0
 
 
-def save(session: Session, position: Position, config_text: str) -> Path:
-    """Publish step-XXXXXXXX. Called on the main process only."""
+def save(session: Session, position: Position, resolved: str) -> Path:
+    """Publish step-XXXXXXXX; `resolved` is the YAML with overrides, so that the checkpoint alone can be rebuilt. Main process only."""
 
     def write(folder: Path) -> None:
         disk.save_trained(folder, session.trained, lora=session.config.adapt.method == "lora")
@@ -34,34 +35,50 @@ def save(session: Session, position: Position, config_text: str) -> Path:
             disk.save_ema(folder, session.ema, session.trained)
         save_json(folder / "scheduler.json", {"last_epoch": position.step})
         save_json(folder / "trainer.json", _trainer_json(session, position))
-        (folder / "config.yaml").write_text(config_text)
+        (folder / "config.yaml").write_text(resolved)
 
     return publish(
         session.folder.checkpoints,
         position.step,
         write,
         conventions=session.conventions,
-        config_hash=hashlib.sha256(config_text.encode()).hexdigest(),
+        config_hash=hashlib.sha256(resolved.encode()).hexdigest(),
         keep=session.config.checkpoint.keep,
     )
 
 
 def resume(session: Session) -> tuple[Position, list[str]]:
-    """Load the newest valid checkpoint, on every rank. Returns where the run stands, and lines to say."""
-    latest = find_latest(session.folder.checkpoints)
-    said = [f"skipped {line}" for line in latest.skipped]
-    if latest.folder is None:
+    """Load the newest valid checkpoint, on every rank. Returns where the run stands, and lines to say.
+
+    Weights, averages and optimizer state come from the checkpoint; every option comes from the config, edited or not.
+    """
+    folder, said = _find(session)
+    if folder is None:
         return Position(), said
-    disk.load_trained(latest.folder, session.trained)
-    load_optimizer(latest.folder, _raw(session.optimizer), session.trained)
+    raw = _raw(session.optimizer)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in raw.param_groups]
+    disk.load_trained(folder, session.trained)
+    load_optimizer(folder, raw, session.trained)
+    for group, values in zip(raw.param_groups, options, strict=True):
+        group.update(values)
     if session.ema is not None:
-        disk.load_ema(latest.folder, session.ema, session.trained)
-    trainer = load_json(latest.folder / "trainer.json")
+        disk.load_ema(folder, session.ema, session.trained)
+        session.ema.decay = session.config.train.ema_decay
+    trainer = load_json(folder / "trainer.json")
     position = Position(trainer["step"], trainer["samples"])
     _advance(session, position.step)
     if session.accelerator.scaler is not None and trainer["scaler"]:
         session.accelerator.scaler.load_state_dict(trainer["scaler"])
-    return position, [*said, f"resuming {latest.folder} at step {position.step}"]
+    return position, [*said, f"resuming {folder} at step {position.step}"]
+
+
+def _find(session: Session) -> tuple[Path | None, list[str]]:
+    """The main process reads and hashes the checkpoints once; the others take its choice."""
+    found: list[Any] = [None]
+    if session.accelerator.is_main_process:
+        latest = find_latest(session.folder.checkpoints)
+        found = [(latest.folder, [f"skipped {line}" for line in latest.skipped])]
+    return broadcast_object_list(found)[0]
 
 
 def _trainer_json(session: Session, position: Position) -> dict[str, Any]:

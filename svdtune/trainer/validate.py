@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from svdtune.config.schema import Data
 from svdtune.contracts import VideoBatch, move
-from svdtune.data.loader import held_out_batches
+from svdtune.data.held_out import held_out_batches
+from svdtune.data.index import index_video
+from svdtune.data.readers import open_reader
 from svdtune.diffusion.draws import fixed_draws
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.sample.sheet import contact_sheet
@@ -70,20 +75,21 @@ class Validator:
                 ]  # fmt: skip
                 encoded = encode(parts, batch, draws[0])
                 sums += torch.stack([denoise(parts, encoded, batch, draw).loss for draw in draws])
-        losses = (accelerator.reduce(sums, reduction="sum") / len(self.clips)).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        summed: Any = accelerator.reduce(sums, reduction="sum")
+        losses = (summed / len(self.clips)).tolist()
         by_sigma = {f"held_out_loss/sigma {sigma:g}": loss for sigma, loss in zip(sigmas, losses, strict=True)}
         return {"held_out_loss": fmean(losses), **by_sigma}
 
     def sample_videos(self, step: int) -> list[Path]:
-        """One mp4 per subject in samples/step-XXXXXX/. Called on the main process only."""
+        """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png. Called on the main process only."""
         folder = sample_folder(self.session, step)
+        folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for subject in self.subjects:
             frames = self._sample(subject)
             paths.append(folder / f"{subject.name}.mp4")
-            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(to_uint8(subject.image[None])[0]).save(folder.parent / f"{subject.name}.png")
             write_mp4(paths[-1], frames, self.session.config.data.fps)
-            _save_frames(paths[-1], frames)
         return paths
 
     def sheet(self, step: int) -> Path | None:
@@ -143,15 +149,14 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _image_subject(path: Path, data: object) -> Subject:
-    image = read_image(path, height=data.height, width=data.width, resize=data.resize)  # pyright: ignore
+def _image_subject(path: Path, data: Data) -> Subject:
+    image = read_image(path, height=data.height, width=data.width, resize=data.resize)
     return Subject(path.stem, image, None)
 
 
-def _save_frames(video: Path, frames: np.ndarray) -> None:
-    np.save(video.with_suffix(".npy"), frames)
-
-
 def _load_frames(video: Path) -> np.ndarray | None:
-    path = video.with_suffix(".npy")
-    return np.load(path, allow_pickle=False) if path.is_file() else None
+    if not video.is_file():
+        return None
+    index = index_video(video)
+    with closing(open_reader(index, "pyav")) as reader:
+        return reader.read(range(len(index.pts)))

@@ -51,7 +51,11 @@ def test_killed_and_resumed_equals_uninterrupted(train, command, tmp_path, metho
     assert losses(resumed) == losses(whole)
     assert list(losses(resumed)) == list(range(1, STEPS + 1))
     assert len({*losses(whole).values()}) == STEPS
-    for file in ("lora.safetensors" if method == "lora" else "unet.safetensors", "ema.safetensors", "optimizer.safetensors"):
+    for file in (
+        "lora.safetensors" if method == "lora" else "unet.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+    ):
         ours, theirs = final_tensors(resumed, file), final_tensors(whole, file)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), file

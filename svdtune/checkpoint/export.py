@@ -1,0 +1,169 @@
+"""The result of a run as other programs open it: a diffusers pipeline folder, or a peft adapter folder.
+
+StableVideoDiffusionPipeline.from_pretrained(export, torch_dtype=torch.float16)     # full, temporal, spatial
+PeftModel.from_pretrained(base_unet, export)                                        # lora
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from svdtune.checkpoint.files import (
+    fsync_file,
+    fsync_folder,
+    is_disk_full,
+    partial_name,
+    restore,
+    save_json,
+    swap_in,
+)
+from svdtune.checkpoint.tensors import load_tensors, require_same, save_tensors, shapes_of
+from svdtune.errors import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_CLASSES = {
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+    "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+}
+_JSON = {
+    "feature_extractor": "preprocessor_config.json",
+    "image_encoder": "config.json",
+    "scheduler": "scheduler_config.json",
+    "unet": "config.json",
+    "vae": "config.json",
+}
+_WEIGHTS = {
+    "image_encoder": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model a run started from."""
+
+    name: str
+    """Hub id or folder as in `model.pretrained`; written into an adapter."""
+    folder: Path
+    """Its diffusers folder on this machine."""
+    variant: str | None
+    """Which weight files of the folder were used: `fp16` reads `*.fp16.safetensors`, None the plain names."""
+
+
+def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, half: bool) -> None:
+    """Write the trained `unet` to `destination`, replacing an earlier export in one step; safetensors only.
+
+    Parameters that require grad are taken from `unet`, all others from the base's files: a frozen weight that the run
+    held in bf16 would otherwise lose bits. With `half` floating weights are float16, else float32; the file names are
+    the plain ones, so that `from_pretrained` needs no variant. `unet` is the bare module (no DDP), adapter "default".
+    Raises ModelError when the base folder lacks a part, CheckpointError when the disk is full or a value does not fit float16.
+    """
+    partial = partial_name(destination)
+    restore(destination)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    dtype = torch.float16 if half else torch.float32
+    write: Callable[..., None] = _write_adapter if lora else _write_pipeline
+    try:
+        write(partial, base, unet, dtype)
+        for path in sorted(partial.rglob("*")):
+            (fsync_folder if path.is_dir() else fsync_file)(path)
+        swap_in(partial, destination)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            free = shutil.disk_usage(destination.parent).free / 2**30
+            raise CheckpointError(
+                f"{destination}: the disk is full, available are {free:.2f} GiB. The checkpoints of the run are "
+                "untouched: free space and run the same command again."
+            ) from error
+        raise
+
+
+def _write_pipeline(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
+    from diffusers import __version__
+
+    for part, name in _JSON.items():
+        (folder / part).mkdir()
+        _copy_json(base, part, name, folder / part / name)
+    for part, name in _WEIGHTS.items():
+        tensors = _base_weights(base, part)
+        if part == "unet":
+            _overwrite(tensors, unet, base)
+        save_tensors(folder / part / name, _cast(part, tensors, dtype), {"format": "pt"})
+    index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES}
+    save_json(folder / "model_index.json", index)
+
+
+def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
+    from peft import get_peft_model_state_dict
+
+    configs: Any = unet.peft_config
+    config = copy.deepcopy(configs["default"])
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    config.save_pretrained(folder)
+    # save_embedding_layers: peft would otherwise ask the hub whether the vocabulary grew
+    tensors = get_peft_model_state_dict(unet, save_embedding_layers=False)
+    named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    save_tensors(folder / "adapter_model.safetensors", _cast("lora", named, dtype), {"format": "pt"})
+
+
+def _copy_json(base: Base, part: str, name: str, target: Path) -> None:
+    source = base.folder / part / name
+    if not source.is_file():
+        raise ModelError(
+            f"{source}: expected the {part} settings of the base, got none, so the exported pipeline would not open. "
+            "Restore the file from the model's release and run the same command again."
+        )
+    target.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8")), indent=2) + "\n", encoding="utf-8")
+
+
+def _base_weights(base: Base, part: str) -> dict[str, Tensor]:
+    """All tensors of one part, shards merged."""
+    suffix = f".{base.variant}.safetensors" if base.variant else ".safetensors"
+    dots = 2 if base.variant else 1
+    paths = sorted(p for p in (base.folder / part).glob(f"*{suffix}") if p.name.count(".") == dots)
+    if not paths:
+        raise ModelError(
+            f"{base.folder / part}: expected *{suffix} (model.variant={base.variant or 'null'}), got no such file: the base "
+            "folder changed since the run began. Restore it and run the same command again."
+        )
+    return {name: tensor for path in paths for name, tensor in load_tensors(path).items()}
+
+
+def _overwrite(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> None:
+    """Put the trained parameters in the place of the base's."""
+    trained = {name: p.detach() for name, p in unet.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("export: no parameter of the unet requires grad, so nothing was trained")
+    in_base = {name: shape for name, shape in shapes_of(tensors).items() if name in trained}
+    require_same(base.folder / "unet", in_base, shapes_of(trained))
+    tensors.update(trained)
+
+
+def _cast(part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating tensors in `dtype` on the CPU, others as they are. Raises CheckpointError for what becomes non-finite."""
+    cast: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        cast[name] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.to("cpu")
+        if not bool(cast[name].isfinite().all()):
+            raise CheckpointError(
+                f"export of {part}: {name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
+                f"(largest magnitude {float(tensor.abs().max()):.3g}). Export in float32 (model.variant=null), "
+                "or sample from an earlier checkpoint if the run diverged."
+            )
+    return cast

@@ -1,0 +1,226 @@
+"""The verbs, a few lines each. What needs torch is imported inside them: help and config errors stay instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from svdtune import launch
+from svdtune.config.load import load_config, resolved_yaml
+from svdtune.config.schema import Config
+from svdtune.errors import PreflightError, SvdtuneError, UsageError
+
+_EXAMPLES = """\b
+Examples:
+  svdtune data demo demo/                              clips of moving shapes to try things with
+  svdtune train configs/tiny.yaml                      fine-tune the embedded tiny base, on a CPU
+  svdtune train configs/tiny.yaml train.lr=3e-4        change an option
+  svdtune sample runs/tiny first_frame.png             a video from the result
+  svdtune preflight configs/svd_lora.yaml              what would go wrong, before it does
+  accelerate launch -m svdtune train configs/svd_xt_lora.yaml
+"""
+
+_TRAIN_EXAMPLES = """\b
+Examples:
+  svdtune train configs/tiny.yaml
+  svdtune train configs/tiny.yaml train.steps=50 run.name=short
+  svdtune train configs/svd_xt_lora.yaml -- --num_processes 2      all after -- goes to accelerate launch
+  accelerate launch --multi_gpu -m svdtune train configs/svd_xt_full.yaml
+  torchrun --nproc_per_node 2 -m svdtune train configs/tiny.yaml
+The same command again resumes the run.
+"""
+
+_PREFLIGHT_EXAMPLES = """\b
+Examples:
+  svdtune preflight configs/svd_xt_lora.yaml
+  svdtune preflight configs/svd_xt_lora.yaml data.num_frames=14 --json
+"""
+
+_SAMPLE_EXAMPLES = """\b
+Examples:
+  svdtune sample runs/tiny first_frame.png
+  svdtune sample runs/tiny first_frame.png --out video.mp4 --seed 3 --motion-bucket 200
+"""
+
+_DEMO_EXAMPLES = """\b
+Examples:
+  svdtune data demo demo/
+  svdtune data demo demo/ --clips 48 --motion up --seed 1
+"""
+
+_SCAN_EXAMPLES = """\b
+Examples:
+  svdtune data scan configs/tiny.yaml
+  svdtune data scan configs/svd_lora.yaml data.root=clips/ data.fps=12
+"""
+
+_CONFIG_EXAMPLES = """\b
+Examples:
+  svdtune config show configs/tiny.yaml train.lr=3e-4
+  svdtune config schema > configs/schema.json
+"""
+
+_STYLE: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
+app = typer.Typer(
+    **_STYLE,
+    help="Fine-tune Stable Video Diffusion from a YAML, and prove the run before it starts.",
+    epilog=_EXAMPLES,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(**_STYLE, help="Clips: write demo clips, check your own.", epilog=_DEMO_EXAMPLES)
+config_app = typer.Typer(**_STYLE, help="Options: show the resolved ones, print their schema.", epilog=_CONFIG_EXAMPLES)
+app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+
+
+@app.command(epilog=_TRAIN_EXAMPLES)
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    preflight_only: Annotated[bool, typer.Option("--preflight-only", help="Run the checks and stop.")] = False,
+) -> None:
+    """Check, then fine-tune. The same command again resumes."""
+    loaded = load_config(config, overrides or ())
+    if not preflight_only:
+        launch.join_world(sys.argv[1:])
+    if launch.rank() == 0 and (preflight_only or loaded.preflight.enabled):
+        _require_preflight(loaded)
+    if preflight_only:
+        return
+    from svdtune.trainer.run import train as run_training
+
+    run_training(loaded, config_text=config.read_text(encoding="utf-8"))
+
+
+@app.command(epilog=_PREFLIGHT_EXAMPLES)
+def preflight(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Everything that can go wrong, before it does. Exit code 3 when something would."""
+    from svdtune.guards.preflight import run_preflight
+
+    report = run_preflight(load_config(config, overrides or ()))
+    print(json.dumps(report.as_json(), indent=2) if as_json else report.render())
+    if not report.ok:
+        raise typer.Exit(PreflightError.exit_code)
+
+
+@app.command(epilog=_SAMPLE_EXAMPLES)
+def sample(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    image: Annotated[Path, typer.Argument(help="First frame.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The mp4 to write; default: below RUN.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A folder of RUN/checkpoints; default: the newest.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Default: as trained.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Default: as trained.")] = None,
+    motion_bucket: Annotated[float | None, typer.Option(help="Default: as trained.")] = None,
+    noise_aug_strength: Annotated[float | None, typer.Option(help="Default: validation.noise_aug_strength.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps; default: validation.inference_steps.")] = None,
+    guidance_min: Annotated[float | None, typer.Option(help="First frame; default: validation.guidance.")] = None,
+    guidance_max: Annotated[float | None, typer.Option(help="Last frame; default: validation.guidance.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another video.")] = 0,
+) -> None:
+    """A video that starts with IMAGE, from a fine-tuned run."""
+    from svdtune.sample.cli import sample_run
+
+    print(
+        sample_run(
+            run,
+            image,
+            out=out,
+            checkpoint=checkpoint,
+            num_frames=num_frames,
+            fps=fps,
+            motion_bucket=motion_bucket,
+            noise_aug_strength=noise_aug_strength,
+            steps=steps,
+            guidance_min=guidance_min,
+            guidance_max=guidance_max,
+            seed=seed,
+        )
+    )
+
+
+@data_app.command(epilog=_DEMO_EXAMPLES)
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where the clips go.", show_default=False)],
+    clips: Annotated[int, typer.Option(min=1, help="Number of files.")] = 24,
+    motion: Annotated[Literal["right", "left", "down", "up"], typer.Option(help="Where the shapes move.")] = "down",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write H.264 clips of moving shapes. The same arguments write the same files."""
+    from svdtune.data.demo import write_demo
+
+    paths = write_demo(folder, clips=clips, motion=motion, seed=seed)
+    print(f"{len(paths)} clips in {folder}")
+
+
+@data_app.command(name="scan", epilog=_SCAN_EXAMPLES)
+def scan_clips(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Say which files below data.root CONFIG can use, and why not the others. Exit code 3 when it can use none."""
+    from svdtune.data.catalog import scan
+
+    catalog = scan(load_config(config, overrides or ()).data)
+    for rejected in catalog.rejected:
+        print(rejected.reason)
+    print(
+        f"{len(catalog.train)} files to train on, {len(catalog.held_out)} held out, "
+        f"{len(catalog.rejected)} that cannot be used"
+    )
+
+
+@config_app.command(epilog=_CONFIG_EXAMPLES)
+def show(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print every option as the run would use it."""
+    print(resolved_yaml(load_config(config, overrides or ())), end="")
+
+
+@config_app.command(epilog=_CONFIG_EXAMPLES)
+def schema() -> None:
+    """Print the JSON schema of a config, for editors."""
+    from svdtune.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Run a verb; an error that a person caused becomes `error: ...` and its exit code."""
+    # transformers otherwise opens every run with a line about torchvision, which svdtune does not need.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        own, for_launcher = launch.split_arguments(sys.argv[1:])
+        if for_launcher and own[:1] != ["train"]:
+            raise UsageError(
+                f"arguments after -- go to accelerate launch, which only `svdtune train` uses: {for_launcher}"
+            )
+        app(args=own, prog_name="svdtune")
+    except SvdtuneError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+
+
+def _require_preflight(config: Config) -> None:
+    from svdtune.guards.preflight import run_preflight
+
+    report = run_preflight(config)
+    if not report.ok:
+        raise PreflightError(report.render())
+    print(report.render())
+
+
+def _print_error(error: SvdtuneError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    who = f"rank {launch.rank()}: " if launch.rank() else ""
+    Console(stderr=True).print(Text.assemble(f"{who}", ("error:", "bold red"), f" {error}"), soft_wrap=True)

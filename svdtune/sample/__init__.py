@@ -1,0 +1,1 @@
+"""Image to video from any checkpoint, and the pictures that show the result."""
