@@ -28,6 +28,8 @@ REFERENCE_WIDTH = 96
 BUCKETS_PER_PIXEL_PER_SECOND = 4.0
 DEMO_MOTION_BUCKET = 127
 
+_BT601 = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]], np.float32) / 255.0
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -176,8 +178,8 @@ def _warm_color(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def _cool_color(rng: np.random.Generator) -> tuple[float, float, float]:
-    hue = rng.uniform(170.0, 265.0)
-    return colorsys.hsv_to_rgb(hue / 360.0, rng.uniform(0.3, 0.9), rng.uniform(0.08, 0.45))
+    hue = rng.uniform(195.0, 240.0)
+    return colorsys.hsv_to_rgb(hue / 360.0, rng.uniform(0.3, 0.7), rng.uniform(0.08, 0.45))
 
 
 def _background(scene: Scene, x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -198,7 +200,7 @@ def _signed_distance(kind: Kind, dx: np.ndarray, dy: np.ndarray, radius: float) 
         return (abs(dx) + abs(dy) - radius) * np.sqrt(0.5)
     # An upright equilateral triangle: the largest of the distances to its three sides.
     slanted = abs(dx) * np.sqrt(0.75) - dy * 0.5
-    return np.maximum(slanted, dy + 0.0 * dx) - radius * 0.5
+    return np.maximum(slanted, dy) - radius * 0.5
 
 
 def _locate(frame: np.ndarray) -> tuple[float, float]:
@@ -231,15 +233,27 @@ def _write_h264_atomically(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def _write_h264(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Encodes uint8 RGB (t, h, w, 3) as H.264, 4:2:0, playable before it is fully loaded."""
+    """Encodes uint8 RGB (t, h, w, 3), height and width even, as H.264 4:2:0, playable before it is fully loaded."""
     import av
 
     _, height, width, _ = frames.shape
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # One thread: the bytes must not depend on the machine's number of cores.
-        stream.options = {"crf": "18", "preset": "medium", "threads": "1"}
+        stream.options = {"crf": "18", "preset": "medium"}
+        # The bytes must not depend on the number of cores.
+        stream.codec_context.thread_count = 1
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_rgb_to_yuv420(frame), format="yuv420p")))
         container.mux(stream.encode())
+
+
+def _rgb_to_yuv420(rgb: np.ndarray) -> np.ndarray:
+    """uint8 RGB (h, w, 3) to the stacked planes of BT.601 limited-range YUV 4:2:0, uint8 (3 h / 2, w).
+
+    Here and not in libswscale, whose rounding depends on where its buffers happen to lie in memory.
+    """
+    height, width, _ = rgb.shape
+    luma, blue, red = np.moveaxis(rgb.astype(np.float32) @ _BT601.T + np.array([16, 128, 128], np.float32), -1, 0)
+    halved = (plane.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3)) for plane in (blue, red))
+    return np.concatenate([plane.round().astype(np.uint8).reshape(-1, width) for plane in (luma, *halved)])

@@ -28,14 +28,18 @@ def model(svd_folder):
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(3)
-    smooth = torch.nn.functional.interpolate(torch.rand(2 * T, 3, 6, 7, generator=g), size=(H, W), mode="bicubic").clamp(0, 1)
+    smooth = torch.nn.functional.interpolate(
+        torch.rand(2 * T, 3, 6, 7, generator=g), size=(H, W), mode="bicubic"
+    ).clamp(0, 1)
     pixels = ((smooth * 255).round() / 127.5 - 1).reshape(2, T, 3, H, W)
     return VideoBatch(pixels, torch.tensor([7.0, 12.0]), torch.tensor([127.0, 40.0]), torch.tensor([11, 12]))
 
 
 @pytest.fixture
 def draws(model, batch):
-    return make_draws([11, 12], batch.axes(model.facts), seed=0, objective=Objective(), conditioning=Conditioning(dropout=0))
+    return make_draws(
+        [11, 12], batch.axes(model.facts), seed=0, objective=Objective(), conditioning=Conditioning(dropout=0)
+    )
 
 
 def what_the_pipeline_gives(model, batch, noise, guidance):
@@ -61,9 +65,13 @@ def what_the_pipeline_gives(model, batch, noise, guidance):
 def encode(model, batch, draws):
     first = batch.pixels[:, 0]
     with torch.no_grad():
-        latents = conditioning.target_latents(model.vae, batch, draws, scaling_factor=model.facts.scaling_factor, chunk=4)
+        latents = conditioning.target_latents(
+            model.vae, batch, draws, scaling_factor=model.facts.scaling_factor, chunk=4
+        )
         image_latents = conditioning.image_latents(model.vae, first, draws, chunk=4)
-        return Encoded(latents, image_latents, conditioning.image_embeds(model.image_encoder, first, clip_pixels(model)))
+        return Encoded(
+            latents, image_latents, conditioning.image_embeds(model.image_encoder, first, clip_pixels(model))
+        )
 
 
 def test_unet_input_equals_the_pipelines_ids_included(model, batch, draws):

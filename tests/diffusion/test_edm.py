@@ -76,7 +76,10 @@ def test_denoised_equals_the_schedulers_pred_original_sample():
         answer = torch.randn(1, 2, 4, 3, 5, generator=g)
         torch.testing.assert_close(timestep.reshape(1), edm.scalings(s).c_noise, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(
-            scheduler.scale_model_input(noisy, timestep), edm.append_dims(edm.scalings(s).c_in, noisy) * noisy, rtol=1e-5, atol=1e-5
+            scheduler.scale_model_input(noisy, timestep),
+            edm.append_dims(edm.scalings(s).c_in, noisy) * noisy,
+            rtol=1e-5,
+            atol=1e-5,
         )
         theirs = scheduler.step(answer, timestep, noisy).pred_original_sample
         ours = edm.denoised(answer, noisy, s)

@@ -40,7 +40,9 @@ def test_full_size_trained_sets(full_size, method, millions):
 
 
 def test_temporal_and_spatial_share_nothing_and_make_up_full(full_size):
-    sets = {m: set(adapt(full_size, Adapt(method=m), dtype=torch.float32, seed=0)) for m in ("full", "temporal", "spatial")}
+    sets = {
+        m: set(adapt(full_size, Adapt(method=m), dtype=torch.float32, seed=0)) for m in ("full", "temporal", "spatial")
+    }
     assert not sets["temporal"] & sets["spatial"]
     assert sets["temporal"] | sets["spatial"] == sets["full"]
     assert sum(name.endswith("mix_factor") for name in sets["temporal"]) == 38
@@ -49,9 +51,17 @@ def test_temporal_and_spatial_share_nothing_and_make_up_full(full_size):
 def test_lora_targets_all_attention_but_the_dead_layers(full_size):
     trained = adapt(full_size, Adapt(rank=16), dtype=torch.bfloat16, seed=0)
     owners = {name.split(".lora_")[0] for name in trained}
-    blocks = [n for n, m in full_size.named_modules() if type(m).__name__ in ("BasicTransformerBlock", "TemporalBasicTransformerBlock")]
+    blocks = [
+        n
+        for n, m in full_size.named_modules()
+        if type(m).__name__ in ("BasicTransformerBlock", "TemporalBasicTransformerBlock")
+    ]
     assert len(blocks) == 32
-    assert owners == {f"{b}.{t}" for b in blocks for t in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_v", "attn2.to_out.0")}
+    assert owners == {
+        f"{b}.{t}"
+        for b in blocks
+        for t in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_v", "attn2.to_out.0")
+    }
 
 
 @pytest.mark.parametrize("method", ["full", "temporal", "temporal_attention", "spatial", "lora"])

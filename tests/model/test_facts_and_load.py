@@ -30,7 +30,9 @@ def edit(path, **changes):
 
 
 def test_facts_of_svd_and_xt_differ_in_frames_only():
-    svd, xt = (model_facts(read_configs(SHIPPED[f"stabilityai/stable-video-diffusion-img2vid{x}"])) for x in ("", "-xt"))
+    svd, xt = (
+        model_facts(read_configs(SHIPPED[f"stabilityai/stable-video-diffusion-img2vid{x}"])) for x in ("", "-xt")
+    )
     assert (svd.num_frames, xt.num_frames) == (14, 25)
     assert (xt.c, xt.z, xt.f, xt.d, xt.m, xt.clip_size, xt.scaling_factor) == (3, 4, 8, 1024, 3, 224, 0.18215)
     assert svd.axes(b=1, t=1, h=8, w=8) == xt.axes(b=1, t=1, h=8, w=8)
@@ -58,7 +60,9 @@ def test_a_missing_weight_is_an_error_not_a_random_layer(folder):
     tensors = load_file(folder / UNET)
     removed = [k for k in tensors if "temporal_transformer_blocks" in k]
     save_file({k: v for k, v in tensors.items() if k not in removed}, folder / UNET, {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"unet: .*{len(removed)} missing \(.*temporal_transformer_blocks.*train from random values"):
+    with pytest.raises(
+        ModelError, match=rf"unet: .*{len(removed)} missing \(.*temporal_transformer_blocks.*train from random values"
+    ):
         load(folder)
 
 
@@ -79,7 +83,11 @@ def test_a_misshapen_weight_is_an_error(folder):
 def test_variant_that_is_not_there_names_the_change_that_fixes_it(folder):
     with pytest.raises(ModelError, match=r"no \*\.fp16\.safetensors with model\.variant=fp16.*Set model\.variant=null"):
         load(folder, "fp16")
-    for part, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("image_encoder", "model")):
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("image_encoder", "model"),
+    ):
         (folder / part / f"{name}.safetensors").rename(folder / part / f"{name}.fp16.safetensors")
     with pytest.raises(ModelError, match=r"model\.variant=null; there: .*fp16.*Set model\.variant=fp16"):
         load(folder)
@@ -138,7 +146,9 @@ def test_what_pretrained_may_be(tmp_path):
 
 def test_hub_id_without_a_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"could not get someone/nothing \(revision main\).*give its path; 'tiny' ships with svdtune"):
+    with pytest.raises(
+        ModelError, match=r"could not get someone/nothing \(revision main\).*give its path; 'tiny' ships with svdtune"
+    ):
         load_model(Model(pretrained="someone/nothing"))
 
 

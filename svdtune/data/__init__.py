@@ -1,0 +1,1 @@
+"""Files to `VideoBatch`: packet index, readers, cutting by time, resizing, catalog, loader."""
