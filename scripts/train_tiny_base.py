@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains the embedded tiny base model, `svdtune/model/tiny/`: a Stable Video Diffusion of 4 million parameters.
+"""Trains the embedded tiny base model, `svdtune/model/tiny/`: a Stable Video Diffusion of 4.4 million parameters.
 
     python scripts/train_tiny_base.py --out svdtune/model/tiny --work runs/tiny-base
 
@@ -10,7 +10,20 @@ Stages, each of which keeps its weights in `--work` and is skipped when they are
 3. `unet`     the video UNet on clips of shapes moving RIGHT, by the recipe that svdtune fine-tunes with
 4. `export`   the folder, like the hub's: a diffusers pipeline with fp16 safetensors
 
-RESULTS
+The shipped weights, on a shared 2-core CPU, one thread a stage: VAE 900 steps 18 min and decoder 240 steps 16 min, CLIP
+1,500 steps 4 min, encoding 320 tracks 5 min, UNet 1,500 steps 42 min (the UNet beside the decoder).
+
+- VAE: 31.9 dB over 24 demo files (worst 27.3), posterior standard deviation 0.09 (latents: 2.9). It keeps only part of
+  the hue of strongly coloured backgrounds, which is why the demo's are grey-blue.
+- CLIP: its embedding tells the shape's kind (100 %) and the colours, not the position.
+- UNet: held-out loss 0.269 at sigma 0.1, 0.054 at 0.5, 0.023 at 2, 0.021 at 8, 0.026 at 40.
+- Sampled (8 frames, 20 steps, guidance 1.0 to 1.5) from 12 unseen frames, fps 8, motion bucket 127: the shape moves
+  28.0 +- 1.0 px right (true: 27.8) and -0.2 +- 0.4 px down. From 6 of them: 36.4 (37.0) at fps 6, 18.3 (18.5) at fps 12,
+  14.0 (14.0) at bucket 64, 37.7 (39.4) at bucket 180.
+
+They were trained before the last tidying, with three differences: background hues of 170 to 265 degrees instead of
+195 to 240 (saturation to 0.9), the first 80 decoder steps at up to 8e-4 without averaging, and the tracks encoded in a
+process of their own.
 """
 
 from __future__ import annotations

@@ -40,6 +40,18 @@ def test_gradients_and_weights_equal_to_the_bit_samples_and_noise_different(tmp_
             torch.testing.assert_close(first[name], alone[name], rtol=1e-3, atol=1e-6)
 
 
+def test_what_one_rank_sees_holds_for_all(tmp_path, clips):
+    """A NaN on the second rank stops the update on both; a signal that only the second rank got stops both."""
+    (tmp_path / "poison").touch()
+    ranks = one_step(tmp_path, clips, 2, "train.batch_size=1", "train.lr=0.1")
+    for seen in ranks:
+        assert seen["loss"].isnan()
+        assert bool(seen["stop"])
+        for name, before in seen.items():
+            if name.startswith("before/"):
+                assert torch.equal(before, seen[name.replace("before/", "weight/")])
+
+
 def test_two_ranks_of_batch_two_lose_what_one_rank_of_batch_four_loses(train):
     common = ["train.steps=4", "train.accumulation=2", "train.lr=1e-3"]
     two = train("two", *common, "train.batch_size=2", launcher=TORCHRUN)

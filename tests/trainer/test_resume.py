@@ -74,7 +74,7 @@ def test_finished_run_is_left_alone_and_a_longer_one_goes_on(train):
 
 
 def test_sigterm_saves_and_exits_143_and_the_next_start_goes_on(train, command, tmp_path):
-    common = ["train.steps=200", "checkpoint.interval=1000", "adapt.rank=2"]
+    common = ["train.steps=200", "checkpoint.interval=1000", "adapt.method=lora", "adapt.rank=2"]
     process, run = start(command("stopped", *common)), tmp_path / "stopped"
     while process.poll() is None and not (run / "metrics.jsonl").exists():
         time.sleep(0.01)
@@ -92,8 +92,8 @@ def test_sigterm_saves_and_exits_143_and_the_next_start_goes_on(train, command, 
 
 
 def test_another_trainable_set_cannot_resume(train, command):
-    train("one", "train.steps=1", "adapt.rank=2")
-    process = start(command("one", "train.steps=2", "adapt.rank=3"))
+    train("one", "train.steps=1", "adapt.method=lora", "adapt.rank=2")
+    process = start(command("one", "train.steps=2", "adapt.method=lora", "adapt.rank=3"))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3
     assert "run.name" in err

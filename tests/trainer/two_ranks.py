@@ -26,7 +26,11 @@ def main() -> None:
     accumulated = loop._accumulate(session, iter(batches))
     seen["noise"] = torch.cat([d.noise for d in draws])
     seen |= {f"grad/{name}": p.grad.clone() for name, p in session.trained.items()}
-    loop._update(session, accumulated, stop=False)
+    if (Path(out) / "poison").exists() and accelerator.process_index == 1:
+        accumulated.losses[0] = float("nan")
+    seen |= {f"before/{name}": p.detach().clone() for name, p in session.trained.items()}
+    report = loop._update(session, accumulated, stop=accelerator.process_index == 1)
+    seen |= {"loss": torch.tensor(report.loss), "stop": torch.tensor(report.stop)}
     seen |= {f"weight/{name}": p.detach().clone() for name, p in session.trained.items()}
     torch.save(seen, Path(out) / f"rank-{accelerator.process_index}-of-{accelerator.num_processes}.pt")
     accelerator.wait_for_everyone()

@@ -1,0 +1,246 @@
+"""The loop in this process on a small random model: gates, accumulation, precision, EMA, optimizers, logging."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from svdtune.config.load import load_config, resolved_yaml
+from svdtune.data.catalog import scan
+from svdtune.errors import ConfigError, Diverged
+from svdtune.trainer import loop, run, state
+from svdtune.trainer.build import build, make_accelerator
+from svdtune.trainer.metrics import BANDS, reduce_step
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.signals import StopWish
+from svdtune.trainer.state import Position
+from tests.trainer.conftest import REPO, SHORT, metrics
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning", "ignore:.*lr_scheduler.step.*:UserWarning"
+)
+
+
+@pytest.fixture
+def config(clips, svd_folder, tmp_path):
+    """`config("train.lr=1e-3")` on a random model with 3 frames of 32 x 48."""
+
+    def make(*overrides):
+        return load_config(
+            REPO / "configs/tiny.yaml",
+            [f"model.pretrained={svd_folder}", "model.variant=null", f"data.root={clips}", f"run.dir={tmp_path}", "run.name=r",
+             *SHORT, "data.num_frames=3", "data.height=32", "data.width=48", "train.batch_size=2", "train.accumulation=1",
+             "adapt.method=lora", "adapt.rank=2", *overrides],
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def session(config, tmp_path):
+    """A built session; accelerate's process-wide state is reset afterwards."""
+
+    def make(*overrides):
+        _reset()
+        made = config(*overrides)
+        return build(made, make_accelerator(made), RunFolder(tmp_path / "r"), scan(made.data))
+
+    yield make
+    _reset()
+
+
+def _reset():
+    for shared in (AcceleratorState, PartialState, GradientState):
+        shared._shared_state.clear()
+
+
+def train(session, wish=None):
+    return loop.run_loop(session, Position(), resolved_yaml(session.config), wish or StopWish())
+
+
+def losses(session):
+    return [line["loss"] for line in metrics(session.folder.path) if "loss" in line]
+
+
+def test_every_step_is_a_line_with_its_numbers(session):
+    made = session("train.steps=3", "train.lr=1e-3", "validation.clips=2", "validation.sigmas=[0.5,5]")
+    train(made)
+    lines = metrics(made.folder.path)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["samples"] for line in steps] == [2, 4, 6]
+    for line in steps:
+        assert all(math.isfinite(line[key]) for key in ("loss", "grad_norm", "lr", "clips_per_second", "memory_gib"))
+        assert line["lr"] == pytest.approx(1e-3)
+        bands = {key.removeprefix("loss/sigma "): value for key, value in line.items() if key.startswith("loss/sigma")}
+        assert bands
+        assert bands.keys() <= set(BANDS)
+    held = [line for line in lines if "held_out_loss" in line]
+    assert [line["step"] for line in held] == [0, 3]
+    assert {"held_out_loss/sigma 0.5", "held_out_loss/sigma 5"} <= held[0].keys()
+    assert (made.folder.path / "heartbeat").exists()
+
+
+def test_held_out_loss_does_not_move_when_nothing_learned(session):
+    made = session("validation.clips=2")
+    validator = loop.Validator(made)
+    assert validator.held_out_loss() == validator.held_out_loss()
+
+
+def test_accumulation_equals_a_larger_batch(session):
+    whole = session("train.steps=3", "train.batch_size=4", "train.lr=1e-2")
+    train(whole)
+    expected = losses(whole)
+    (whole.folder.path / "metrics.jsonl").unlink()
+    parts = session("train.steps=3", "train.batch_size=2", "train.accumulation=2", "train.lr=1e-2")
+    train(parts)
+    assert losses(parts) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_no_update_is_made_from_a_non_finite_step(session, monkeypatch, poison):
+    made, step, calls = session("train.steps=5", "train.lr=1e-2"), loop.train_step, []
+    before = {}
+
+    def poisoned(parts, batch, draws):
+        calls.append(batch.names)
+        result = step(parts, batch, draws)
+        if len(calls) == 3:
+            before.update({name: p.detach().clone() for name, p in made.trained.items()})
+            spoil = math.nan if poison == "loss" else 1.0
+            object.__setattr__(result, "loss", result.loss * spoil)
+            object.__setattr__(result, "loss_per_clip", result.loss_per_clip * spoil)
+            if poison == "gradient":
+                result.loss.register_hook(lambda grad: grad * math.inf)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(
+        Diverged, match=r"step 3: loss .*no update was made from it\. Clips of this step: demo-\d+\.mp4 \(sigma "
+    ):
+        train(made)
+    assert len(losses(made)) == 2
+    for name, parameter in made.trained.items():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lora", "temporal"])
+def test_bf16_trains_float32_parameters_beside_frozen_bf16(session, method):
+    made = session("train.steps=2", "train.precision=bf16", f"adapt.method={method}", "train.lr=1e-3")
+    before = {name: p.detach().clone() for name, p in made.trained.items()}
+    train(made)
+    assert {p.dtype for p in made.trained.values()} == {torch.float32}
+    frozen = {p.dtype for name, p in made.model.unet.named_parameters() if name not in made.trained}
+    assert frozen == {torch.bfloat16}
+    moved = [name for name, p in made.trained.items() if not torch.equal(p, before[name])]
+    assert len(moved) > len(before) / 3
+    assert next(made.model.vae.parameters()).dtype == torch.float32
+
+
+def test_optimizer_holds_exactly_the_trained_parameters(session):
+    made = session("adapt.method=temporal_attention")
+    held = {id(p) for group in made.optimizer.param_groups for p in group["params"]}
+    assert (
+        held
+        == {id(p) for p in made.trained.values()}
+        == {id(p) for p in made.model.unet.parameters() if p.requires_grad}
+    )
+
+
+def test_ema_follows_and_is_what_is_sampled_and_put_back(session):
+    made = session("train.steps=3", "train.ema=true", "train.lr=1e-2")
+    train(made)
+    from svdtune.trainer.validate import inference
+
+    trained = {name: p.detach().clone() for name, p in made.trained.items()}
+    shadows = dict(zip(made.trained, made.ema.shadow_params, strict=True))
+    assert any(not torch.equal(shadows[name], trained[name]) for name in trained)
+    with inference(made):
+        assert all(torch.equal(p, shadows[name]) for name, p in made.trained.items())
+        assert not made.model.unet.training
+    assert all(torch.equal(p, trained[name]) for name, p in made.trained.items())
+    assert made.model.unet.training
+
+
+def test_checkpointing_gives_the_same_gradients(session):
+    def gradients(kind):
+        made = session(f"memory.checkpointing={kind}", "adapt.method=full")
+        batches = iter(loop._loader(made, Position()))
+        loop._accumulate(made, batches)
+        return {name: p.grad for name, p in made.trained.items()}
+
+    plain, checkpointed = gradients("none"), gradients("diffusers")
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
+def test_adafactor_trains(session):
+    made = session("train.steps=2", "train.optimizer=adafactor")
+    train(made)
+    assert type(made.optimizer.optimizer).__name__ == "Adafactor"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.precision=fp16", r"train\.precision: fp16 needs an NVIDIA GPU .* Use bf16 or no"),
+        ("train.optimizer=adamw8bit", r"train\.optimizer: adamw8bit needs an NVIDIA GPU, this process runs on cpu"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
+def test_what_a_cpu_cannot_do_is_said(session, override, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        session(override)
+
+
+def test_an_edited_learning_rate_and_weight_decay_apply_on_resume(session):
+    made = session("train.steps=2", "train.lr=1e-3", "train.weight_decay=0.5", "train.schedule=cosine")
+    train(made)
+    edited = session("train.steps=4", "train.lr=1e-4", "train.weight_decay=0.1")
+    position, said = state.resume(edited)
+    assert position == Position(2, 4)
+    assert "at step 2" in said[-1]
+    (group,) = edited.optimizer.param_groups
+    assert group["lr"] == pytest.approx(1e-4)
+    assert group["weight_decay"] == pytest.approx(0.1)
+    assert edited.schedule.get_last_lr() == [pytest.approx(1e-4)]
+
+
+def test_band_losses_add_up(session):
+    made = session()
+    report = reduce_step(
+        made.accelerator,
+        torch.tensor([1.0, 3.0, 5.0, math.nan]),
+        torch.tensor([0.5, 0.7, 1.0, 100.0]),
+        torch.tensor(2.0),
+        stop=False,
+    )
+    assert math.isnan(report.loss)
+    assert report.loss_by_sigma["0-1"] == pytest.approx(2.0)
+    assert report.loss_by_sigma["1-3"] == pytest.approx(5.0)
+    assert math.isnan(report.loss_by_sigma["8-inf"])
+    assert "3-8" not in report.loss_by_sigma
+    assert not report.stop
+
+
+def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-secret-0123456789")
+    _reset()
+    made = config(
+        "train.steps=2", "tracking.backends=[wandb,tensorboard]", "validation.samples=1", "validation.inference_steps=2"
+    )
+    run.train(made, config_text="text of the YAML\n")
+    folder = tmp_path / "r"
+    assert list(folder.rglob("events.out.tfevents*"))
+    assert list(folder.rglob("*.wandb"))
+    assert list(folder.glob("wandb/**/*.mp4"))
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert b"planted-secret" not in path.read_bytes(), path
+    assert list((folder / "samples" / "step-000002").glob("*.mp4"))
+    assert (folder / "contact_sheet.png").exists()
+    assert (folder / "config.yaml").read_text() == "text of the YAML\n"
