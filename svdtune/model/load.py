@@ -18,6 +18,7 @@ from svdtune.contracts import ModelFacts
 from svdtune.errors import ModelError
 from svdtune.model.facts import FILES, SHIPPED, ModelConfigs, local_folder, model_facts, read_configs
 
+PARTS = ("unet", "vae", "image_encoder")
 # Saved by old transformers, computed by new ones; carries no information.
 HARMLESS = {"vision_model.embeddings.position_ids"}
 
@@ -78,7 +79,7 @@ def require_weights(model: Model) -> None:
     """Raise ModelError when a local folder lacks the weight files that `model.variant` names. A hub id is not asked."""
     folder = local_folder(model.pretrained)
     if folder is not None:
-        for part in ("unet", "vae", "image_encoder"):
+        for part in PARTS:
             _weight_files(folder, part, model.variant)
 
 
@@ -96,9 +97,17 @@ def _download(model: Model) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     suffix = f".{model.variant}.safetensors" if model.variant else ".safetensors"
-    wanted = ["model_index.json", *FILES.values(), *(f"{part}/*{suffix}" for part in ("unet", "vae", "image_encoder"))]
+    weights = [f"{part}/*{end}" for part in PARTS for end in (suffix, ".index*.json")]
     try:
-        return Path(snapshot_download(model.pretrained, revision=model.revision, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                model.pretrained,
+                revision=model.revision,
+                allow_patterns=["model_index.json", *FILES.values(), *weights],
+                # Plain names only: *.safetensors would also bring every variant.
+                ignore_patterns=None if model.variant else ["*.*.safetensors"],
+            )
+        )
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"model.pretrained: the hub has no {model.pretrained}, or it is gated and no token is set. "

@@ -47,7 +47,7 @@ def _run(session: Session, resolved: str) -> None:
         session.folder.truncate_metrics(position.step)
         print(*said, sep="\n" if said else "", end="\n" if said else "", file=sys.stderr)
     session.accelerator.wait_for_everyone()
-    tracking.start(session)
+    tracking.start(session, resolved)
     with listen() as wish:
         run_loop(session, position, resolved, wish)
     if main:

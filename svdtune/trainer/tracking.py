@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from svdtune.config.schema import Config
+import yaml
+
 from svdtune.errors import ConfigError
 from svdtune.trainer.build import Session
 
 
-def start(session: Session) -> None:
-    """Open the trackers of `tracking.backends`. Raises ConfigError when one is not installed or refuses to start."""
+def start(session: Session, resolved: str) -> None:
+    """Open the trackers of `tracking.backends`, with the options as in config.resolved.yaml (no value of the environment).
+
+    Raises ConfigError when one is not installed or refuses to start.
+    """
     config = session.config
     if not config.tracking.backends:
         return
@@ -26,7 +29,7 @@ def start(session: Session) -> None:
         "settings": {"console": "off", "disable_git": True, "silent": True},
     }
     try:
-        session.accelerator.init_trackers(config.tracking.project, flat(asdict(config)), {"wandb": wandb})
+        session.accelerator.init_trackers(config.tracking.project, flat(yaml.safe_load(resolved)), {"wandb": wandb})
     except Exception as error:
         raise ConfigError(
             f"tracking.backends: {', '.join(config.tracking.backends)} did not start: {error}. "
@@ -58,8 +61,3 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
     return result
-
-
-def names(config: Config) -> list[str]:
-    """The backends, for messages."""
-    return list(config.tracking.backends)

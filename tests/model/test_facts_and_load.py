@@ -158,3 +158,44 @@ def test_hash_follows_the_weights(folder):
     tensors["conv_out.bias"] = tensors["conv_out.bias"] + 1
     save_file(tensors, folder / UNET, {"format": "pt"})
     assert weights_hash(folder, "unet", None) != before
+
+
+def test_a_hub_id_is_loaded_from_the_cache(svd_folder, tmp_path, monkeypatch):
+    """The layout that the hub's client leaves on disk: refs/main names a snapshot folder."""
+    import huggingface_hub.constants
+
+    repo = tmp_path / "models--someone--svd"
+    shutil.copytree(svd_folder, repo / "snapshots" / "abc123")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    parts = load_model(Model(pretrained="someone/svd", variant=None))
+    assert parts.configs.folder == repo / "snapshots" / "abc123"
+    assert parts.facts.d == 24
+
+
+def test_download_asks_for_what_is_needed_and_no_other_variant(monkeypatch, svd_folder):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    released = ["model_index.json", "svd_xt.safetensors", "README.md"] + [
+        f"{part}/{name}{variant}.safetensors"
+        for part, name in (
+            ("unet", "diffusion_pytorch_model"),
+            ("vae", "diffusion_pytorch_model"),
+            ("image_encoder", "model"),
+        )
+        for variant in ("", ".fp16")
+    ]
+    asked = []
+
+    def download(_repo, *, allow_patterns, ignore_patterns, **_):
+        asked[:] = filter_repo_objects(released, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        return str(svd_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model(Model(pretrained="someone/svd", variant=None))
+    assert sorted(asked) == sorted(f for f in released if f == "model_index.json" or ("/" in f and ".fp16." not in f))
+    with pytest.raises(ModelError, match=r"no \*\.fp16\.safetensors"):
+        load_model(Model(pretrained="someone/svd", variant="fp16"))
+    assert sorted(asked) == sorted(f for f in released if f == "model_index.json" or ".fp16." in f)

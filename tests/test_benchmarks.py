@@ -1,0 +1,21 @@
+"""The benchmark that measures the full size runs here on the tiny architecture, by the same path."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+
+
+def test_full_size_benchmark_reports_what_it_saw(tmp_path):
+    command = ["benchmarks/full_size.py", "configs/tiny.yaml", "train.steps=7", "train.batch_size=1", "--base", "tiny"]
+    done = subprocess.run(
+        [sys.executable, *command, "--work", str(tmp_path)], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert seen["steps"] == len(seen["losses"]) == 7
+    assert 0 < seen["seconds_per_step_median"] < 60
+    assert seen["peak_memory_gib"] > 0.1
+    assert "svdtune train configs/tiny.yaml" in seen["command"]
