@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from svdtune import launch
+from svdtune import __version__, launch
 from svdtune.config.load import load_config, resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.errors import PreflightError, SvdtuneError, UsageError
@@ -65,6 +65,9 @@ Examples:
   svdtune config schema > configs/schema.json
 """
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it: 128 + SIGINT."""
+
 _STYLE: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True, "add_completion": False}
 app = typer.Typer(
     **_STYLE,
@@ -79,6 +82,21 @@ app.add_typer(config_app, name="config")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="SECTION.KEY=VALUE", show_default=False)]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"svdtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog=_TRAIN_EXAMPLES)
@@ -207,6 +225,14 @@ def main() -> None:
     except SvdtuneError as error:
         _print_error(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _print_interrupted()
+        sys.exit(_INTERRUPTED)
+    except SystemExit as stop:
+        # Inside a verb typer turns Ctrl-C into this exit code and says nothing.
+        if stop.code == _INTERRUPTED:
+            _print_interrupted()
+        raise
 
 
 def _require_preflight(config: Config) -> None:
@@ -218,9 +244,20 @@ def _require_preflight(config: Config) -> None:
     print(report.render())
 
 
+def _print_interrupted() -> None:
+    _clear_progress_line()
+    print("interrupted", file=sys.stderr)
+
+
+def _clear_progress_line() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
 def _print_error(error: SvdtuneError) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    _clear_progress_line()
     who = f"rank {launch.rank()}: " if launch.rank() else ""
     Console(stderr=True).print(Text.assemble(f"{who}", ("error:", "bold red"), f" {error}"), soft_wrap=True)

@@ -26,6 +26,7 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 # The values that were written as `${...}`, kept beside the fields of a loaded Config so that a dump repeats what was
 # written and not what the environment held.
 _INTERPOLATIONS = "_interpolations"
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _nearest_yaml(path: Path) -> str:
     nearest = [found for found, name in names.items() if name in close]
     if nearest:
         return f" Did you mean {nearest[0]}?"
-    return f" There are: {', '.join(names)}." if names else ""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f" There are: {', '.join(list(names)[:_LISTED])}{more}." if names else ""
 
 
 def _syntax_message(path: Path, error: yaml.MarkedYAMLError) -> str:
@@ -150,7 +152,11 @@ def _read_override(override: str) -> _Entry:
     if not equals:
         raise ConfigError(f"{where}: no '='; expected section.key=value, such as train.steps=100")
     section, _, option = key.partition(".")
-    if section not in get_type_hints(Config) or not option:
+    if section in get_type_hints(Config) and not option:
+        raise ConfigError(
+            f"{where}: {section!r} is a section; expected section.key=value, such as {section}.{_options(section)[0]}=..."
+        )
+    if section not in get_type_hints(Config):
         raise ConfigError(f"{where}: {_unknown_section(key if not option else section)}")
     if _is_text(option_types().get(key)) and text not in ("", "null"):
         return _Entry(key, text, where)
@@ -169,7 +175,8 @@ def _assign(merged: DictConfig, entry: _Entry) -> None:
     _refuse_secrets(entry)
     problem = f"{entry.where}: {entry.key}: got {entry.value!r}, expected {_describe(hint)}"
     if _is_text(hint) and isinstance(entry.value, bool | int | float):
-        raise ConfigError(f"{problem}; put it in quotes, or YAML reads it as a {type(entry.value).__name__}")
+        read_as = {bool: "a bool", int: "an int", float: "a float"}[type(entry.value)]
+        raise ConfigError(f"{problem}; put it in quotes, or YAML reads it as {read_as}")
     try:
         OmegaConf.update(merged, entry.key, entry.value, merge=False)
     except OmegaConfBaseException:

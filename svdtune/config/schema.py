@@ -7,6 +7,7 @@ Messages start with `section.key` so that the loader can add the file and line.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from svdtune.errors import ConfigError
@@ -32,7 +33,7 @@ class Run:
             self.name,
             "a plain folder name",
         )
-        _require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        _require(0 <= self.seed < 2**32, "run.seed", self.seed, f"a whole number from 0 to {2**32 - 1}")
         _require(self.threads is None or self.threads >= 1, "run.threads", self.threads, ">= 1 or null")
 
 
@@ -90,7 +91,7 @@ class Data:
                 size,
                 f"a multiple of 8 from 16 up (nearest: {max(16, round(size / 8) * 8)}); the VAE would floor it silently",
             )
-        _require(0 < self.fps <= 240, "data.fps", self.fps, "in (0, 240]")
+        _require(0.001 <= self.fps <= 240, "data.fps", self.fps, "in [0.001, 240]")
         _require(0 <= self.motion_bucket <= 1023, "data.motion_bucket", self.motion_bucket, "in [0, 1023]")
         _require(0 <= self.holdout < 1, "data.holdout", self.holdout, "in [0, 1)")
         _require(self.workers >= 0, "data.workers", self.workers, ">= 0")
@@ -183,7 +184,7 @@ class Train:
     ema_decay: float = 0.9999
     """Upper bound of the EMA decay; it warms up from 0."""
     log_interval: int = 10
-    """Optimizer steps between lines of metrics."""
+    """Optimizer steps between printed lines where there is no terminal; metrics.jsonl has every step."""
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation", "log_interval"):
@@ -256,6 +257,13 @@ class Validation:
         )
         _require(self.inference_steps >= 1, "validation.inference_steps", self.inference_steps, ">= 1")
         _require(self.noise_aug_strength >= 0, "validation.noise_aug_strength", self.noise_aug_strength, ">= 0")
+        low, high = self.guidance
+        _require(
+            0 <= low <= high,
+            "validation.guidance",
+            tuple(self.guidance),
+            "[first frame, last frame] with 0 <= first <= last",
+        )
 
 
 @dataclass
@@ -298,6 +306,8 @@ class Config:
     preflight: Preflight = field(default_factory=Preflight)
 
     def __post_init__(self) -> None:
+        for name, section in vars(self).items():
+            _require_finite(name, section)
         _require(
             self.train.warmup <= self.train.steps,
             "train.warmup",
@@ -309,6 +319,16 @@ class Config:
                 value = getattr(self.adapt, key)
                 expected = f"{off} with adapt.method {self.adapt.method}: it acts only with method lora"
                 _require(value == off, f"adapt.{key}", value, expected.replace("None", "null"))
+
+
+def _require_finite(name: str, section: Any) -> None:
+    """Ranges with one end let infinity through, and a mean has no range at all."""
+    for key, value in vars(section).items():
+        if isinstance(value, list | tuple):
+            finite = all(isfinite(item) for item in value if isinstance(item, float))
+            _require(finite, f"{name}.{key}", value, "finite numbers")
+        elif isinstance(value, float):
+            _require(isfinite(value), f"{name}.{key}", value, "a finite number")
 
 
 def _require(ok: bool, key: str, value: Any, expected: str) -> None:

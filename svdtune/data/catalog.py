@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def find_videos(root: Path | str) -> list[Path]:
 
     Raises DataError when the folder does not exist or holds none.
     """
-    root = Path(root)
+    root = _expanded(root)
     _require_folder(root)
     found, others = [], Counter()
     for folder, folders, files in os.walk(root):
@@ -74,7 +75,7 @@ def scan(data: Data) -> Catalog:
 
     Raises DataError for the first unusable file when `data.on_bad_clip` is `error`, and when none can be used.
     """
-    root = Path(data.root)
+    root = _expanded(data.root)
     usable, rejected = [], []
     for path, index in zip(paths := find_videos(root), _index_all(paths), strict=True):
         try:
@@ -84,16 +85,14 @@ def scan(data: Data) -> Catalog:
                 raise DataError(f"{error}. (data.on_bad_clip=skip would leave it out)") from error
             rejected.append(Rejected(path, str(error)))
     if not usable:
-        reasons = "\n".join(f"  {item.reason}" for item in rejected[:_LISTED])
-        more = f"\n  ... and {len(rejected) - _LISTED} more" if len(rejected) > _LISTED else ""
-        raise DataError(f"data.root: none of the {len(paths)} file(s) in {root} can be used:\n{reasons}{more}")
+        raise DataError(f"data.root: none of the {len(paths)} file(s) in {root} can be used:\n{_summary(rejected)}")
     train, held_out = split([clip_name(index, data) for index in usable], data.holdout)
     return Catalog(tuple(usable[i] for i in train), tuple(usable[i] for i in held_out), tuple(rejected))
 
 
 def clip_name(index: VideoIndex, data: Data) -> str:
     """The file's path relative to data.root, with forward slashes: its name in logs and in the held-out split."""
-    return index.path.relative_to(data.root).as_posix()
+    return index.path.relative_to(_expanded(data.root)).as_posix()
 
 
 def split(names: Sequence[str], holdout: float) -> tuple[list[int], list[int]]:
@@ -110,6 +109,27 @@ def split(names: Sequence[str], holdout: float) -> tuple[list[int], list[int]]:
         count = max(count, 1)
     count = min(count, len(names) - 1)
     return sorted(order[count:]), sorted(order[:count])
+
+
+def _expanded(root: Path | str) -> Path:
+    """`~` is the home folder here as in a shell, which leaves it alone behind `data.root=`."""
+    return Path(os.path.expanduser(root))
+
+
+def _summary(rejected: Sequence[Rejected]) -> str:
+    """One line for each kind of reason (reasons that differ in their numbers only are of one kind)."""
+    kinds: dict[str, list[Rejected]] = {}
+    for item in rejected:
+        kinds.setdefault(re.sub(r"\d+(\.\d+)?", "0", item.reason.removeprefix(f"{item.path}: ")), []).append(item)
+    lines = []
+    for first, *alike in list(kinds.values())[:_LISTED]:
+        lines.append(f"  {first.reason}")
+        if alike:
+            names = ", ".join(item.path.name for item in alike[:3]) + (", ..." if len(alike) > 3 else "")
+            lines.append(f"    and {len(alike)} more like it: {names}")
+    if len(kinds) > _LISTED:
+        lines.append(f"  ... and {sum(map(len, list(kinds.values())[_LISTED:]))} more")
+    return "\n".join(lines)
 
 
 def _index_all(paths: Sequence[Path]) -> list[VideoIndex | DataError]:
@@ -139,6 +159,6 @@ def _require_folder(root: Path) -> None:
         raise DataError(f"data.root: {root} is a file; expected a folder of video files: data.root={root.parent}")
     parent = root.parent
     siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    nearest = difflib.get_close_matches(root.name, siblings, n=1)
+    nearest = difflib.get_close_matches(root.name, siblings, n=1, cutoff=0.75)
     hint = f" Did you mean {parent / nearest[0]}?" if nearest else ""
     raise DataError(f"data.root: no such folder: {root} (looked in {root.absolute()}).{hint}")

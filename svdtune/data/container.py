@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpegts,mpeg,avi,flv,asf,ogg"
 # A playlist or concat script named clip.mp4 would otherwise make FFmpeg open other files and URLs.
 _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+_PICTURES = {b"GIF8": "GIF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
+"""First bytes of files that are one picture, whatever their name says."""
 _SECONDS = 60.0
 """Time FFmpeg may spend opening a file, and in one read of it, before it gives up."""
 
@@ -77,6 +79,8 @@ def _not_a_video(path: Path, error: Exception) -> str:
         return "is empty (0 bytes); copy it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the video itself; run `git lfs pull`"
+    if picture := next((name for start, name in _PICTURES.items() if head.startswith(start)), None):
+        return f"is a {picture} picture, not a video; remove it from data.root, or convert it with ffmpeg"
     if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
         return f"is a text file, not a video (it starts with {head[:24].decode('latin-1')!r})"
     if head[4:8] in (b"ftyp", b"mdat", b"free", b"wide"):

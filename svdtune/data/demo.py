@@ -16,6 +16,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from svdtune.errors import UsageError
+
 Motion = Literal["right", "left", "down", "up"]
 Kind = Literal["disc", "square", "triangle", "diamond"]
 
@@ -127,9 +129,10 @@ def write_demo(
     """Writes `clips` H.264 files `demo-0000.mp4`, ... into `folder` and returns their paths.
 
     Clip i depends on (seed, i) and the settings only, so a second run writes the same bytes.
+    Raises UsageError when `folder` cannot be written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     paths = []
     for index in range(clips):
         frames = render_clip(
@@ -142,9 +145,25 @@ def write_demo(
             width=width,
         )
         path = folder / f"demo-{index:04d}.mp4"
-        _write_h264_atomically(path, frames, fps)
+        try:
+            _write_h264_atomically(path, frames, fps)
+        except OSError as error:
+            raise UsageError(_not_writable(folder, error)) from error
         paths.append(path)
     return paths
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(_not_writable(folder, error)) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    in_the_way = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    why = f"{in_the_way} is a file, not a folder" if in_the_way else error.strerror or error
+    return f"{folder}: demo clips cannot be written there: {why}. Give a folder that can be written to."
 
 
 def measure_displacement(frames: np.ndarray) -> tuple[float, float]:

@@ -6,7 +6,6 @@ import multiprocessing
 import multiprocessing.context
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +132,7 @@ def _context() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "av", "svdtune.data.loader"])
+    context.set_forkserver_preload(["svdtune.data.own_group", "torch", "av", "svdtune.data.loader"])
     return context
 
 
@@ -141,9 +140,7 @@ def _same(answer: Any) -> Any:
     return answer
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer decides when to stop and ends the workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(_worker: int) -> None:
     # torch's own watch looks at the parent, which here is the fork server, and that lives as long as its workers:
     # without this both outlive a killed trainer for ever, its output pipes and run folder lock with them.
     threading.Thread(target=_end_with_trainer, daemon=True).start()

@@ -5,11 +5,12 @@ Sources: NUMERICS of SVD in sgm (Stability-AI/generative-models 0ad7de9) and dif
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _gaussian_blur2d
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -63,9 +64,26 @@ def clip_pixels(first_frame: Tensor, clip: ClipPixels) -> Tensor:
 
     torch's antialiased bicubic differs from it by up to 0.3. The order (resize in [-1, 1], then shift) is the pipeline's.
     """
-    resized = (_resize_with_antialiasing(first_frame.float(), (clip.size, clip.size)) + 1) / 2
-    mean, std = (resized.new_tensor(values).reshape(1, -1, 1, 1) for values in (clip.mean, clip.std))
+    resized = (resize_with_antialiasing(first_frame.float(), clip.size) + 1) / 2
+    mean, std = (_on_device(values, resized).reshape(1, -1, 1, 1) for values in (clip.mean, clip.std))
     return (resized - mean) / std
+
+
+def resize_with_antialiasing(images: Tensor, size: int) -> Tensor:
+    """(b, c, h, w) to (b, c, size, size) as diffusers' `_resize_with_antialiasing` does, to the bit.
+
+    Written out because theirs makes its kernel on the CPU: the copy to a GPU would wait for the GPU in every step.
+    """
+    sigmas = [max((side / size - 1) / 2, 0.001) for side in images.shape[-2:]]
+    # Two standard deviations to each side, an odd number of taps, at least 3.
+    taps = [int(max(4 * sigma, 3)) // 2 * 2 + 1 for sigma in sigmas]
+    blurred = _gaussian_blur2d(images, taps, _on_device(sigmas, images)[None])
+    return nn.functional.interpolate(blurred, size=(size, size), mode="bicubic", align_corners=True)
+
+
+def _on_device(values: Sequence[float], like: Tensor) -> Tensor:
+    """(n,) float32 numbers filled in on the device of `like`, without a copy from the host."""
+    return torch.stack([torch.full((), value, device=like.device) for value in values])
 
 
 def added_time_ids(batch: VideoBatch, draws: Draws) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from svdtune.config.schema import Config
 from svdtune.errors import SvdtuneError
@@ -36,18 +37,36 @@ def check_data(config: Config) -> list[Finding]:
         why = "data.on_bad_clip=skip leaves such files out of training."
         return [Finding("DAT302", "warning", str(bad.path), bad.reason, why=why) for bad in rejected]
 
-    return _as_finding("DAT301", config.data.root, look)
+    return _as_finding("DAT301", config.data.root, look) + check_images(config)
+
+
+def check_images(config: Config) -> list[Finding]:
+    """DAT303: a file of validation.images cannot be opened."""
+    from svdtune.sample.video import read_image
+
+    def look(image: str) -> list[Finding]:
+        read_image(image, height=config.data.height, width=config.data.width, resize=config.data.resize)
+        return []
+
+    tried = (_as_finding("DAT303", "validation.images", partial(look, image)) for image in config.validation.images)
+    return [finding for found in tried for finding in found]
 
 
 def check_model(config: Config) -> list[Finding]:
-    """CKP201: model folder or weights cannot be used. CKP202: another number of frames than the base was trained with."""
-    from svdtune.model.facts import model_facts
-    from svdtune.model.load import known_configs, require_weights
+    """CKP201: model folder or weights cannot be used. CKP202: another number of frames than the base was trained with.
+
+    CKP203: the weights are still to be downloaded.
+    """
+    from svdtune.model.facts import SHIPPED, model_facts
+    from svdtune.model.load import is_local, known_configs, require_weights
 
     def look() -> list[Finding]:
         configs = known_configs(config.model)
         facts = model_facts(configs)
         require_weights(config.model)
+        if config.model.pretrained in SHIPPED and not is_local(config.model):
+            return [Finding("CKP203", "warning", "model.pretrained", "the weights are not on this machine yet",
+                            why="Training begins with their download (gigabytes), and they are not checked here.")]  # fmt: skip
         if facts.num_frames == config.data.num_frames:
             return []
         return [

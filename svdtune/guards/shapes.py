@@ -42,6 +42,6 @@ def fake_record(record: type[Record], axes: Axes) -> Record:
 
 
 def _parts(model: ModelParts, config: Config, dtype: torch.dtype) -> Parts:
-    return Parts(
-        model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, dtype, config.memory.vae_chunk
-    )
+    # Fake pictures take no memory: few large chunks, or a large batch would encode for minutes.
+    chunk = max(config.memory.vae_chunk, config.train.batch_size * config.data.num_frames // 4)
+    return Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, dtype, chunk)

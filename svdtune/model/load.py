@@ -75,6 +75,17 @@ def model_folder(model: Model) -> Path:
     return local_folder(model.pretrained) or _download(model)
 
 
+def is_local(model: Model) -> bool:
+    """Whether the model is a folder here, or whole in the hub's cache."""
+    if local_folder(model.pretrained) is not None:
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    suffix = f".{model.variant}.safetensors" if model.variant else ".safetensors"
+    names = [f"{part}/{'model' if part == 'image_encoder' else 'diffusion_pytorch_model'}{suffix}" for part in PARTS]
+    return all(isinstance(try_to_load_from_cache(model.pretrained, n, revision=model.revision), str) for n in names)
+
+
 def require_weights(model: Model) -> None:
     """Raise ModelError when a local folder lacks the weight files that `model.variant` names. A hub id is not asked."""
     folder = local_folder(model.pretrained)
@@ -110,12 +121,14 @@ def _download(model: Model) -> Path:
         )
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"model.pretrained: the hub has no {model.pretrained}, or it is gated and no token is set. "
+            f"model.pretrained: there is no folder {model.pretrained} here, and the hub has no such model, or it is gated "
+            "and no token is set. "
             "Check the name; for a gated model accept its licence on its page and run `hf auth login`."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"model.pretrained: could not get {model.pretrained} (revision {model.revision or 'main'}): {error}. Without a "
+            f"model.pretrained: there is no folder {model.pretrained} here, and it could not be got from the hub (revision "
+            f"{model.revision or 'main'}): {_first_line(error)}. Without a "
             "network, download the folder elsewhere and give its path; 'tiny' ships with svdtune and needs no download."
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -70,6 +71,7 @@ def sample_run(
     settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
     size = {key: _convention(folder, conventions, key) for key in ("height", "width", "resize")}
     first_frame = read_image(image, **size)
+    _make_folder(target)
     device, settings = _device(settings)
     pipeline = load_pipeline(folder, config, conventions, settings.precision, device)
     write_mp4(target, sample_video(pipeline, first_frame, settings, seed=seed), settings.fps)
@@ -150,13 +152,27 @@ def _device(settings: SampleSettings) -> tuple[torch.device, SampleSettings]:
 
 
 def _out_file(out: Path | None, run: Path, image: Path, seed: int) -> Path:
-    if seed < 0:
-        raise UsageError(f"seed: got {seed}, expected >= 0")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: got {seed}, expected a whole number from 0 to 2**63 - 1")
     if out is None:
         return run / "samples" / f"{image.stem}-seed{seed}.mp4"
     if out.suffix.lower() != ".mp4" or out.is_dir():
         raise UsageError(f"out: got {out}, expected the path of a file that ends in .mp4")
     return out
+
+
+def _make_folder(target: Path) -> None:
+    """Make the folder of `target` and try to write there: sampling takes minutes, and must not be for nothing."""
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        in_the_way = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        why = f"{in_the_way} is a file, not a folder" if in_the_way else error.strerror or error
+        raise UsageError(
+            f"out: {target} cannot be written: {why}. Give with --out a path in a folder that can be written to."
+        ) from error
 
 
 def _convention(folder: Path, conventions: Mapping[str, Any], key: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,12 +41,20 @@ class SampleSettings:
     """Compute dtype of the UNet, as in `train.precision`. Sampler and VAE are float32."""
 
     def __post_init__(self) -> None:
-        for key in ("num_frames", "num_inference_steps", "decode_chunk_size"):
+        _require(self.num_frames >= 2, "num_frames", self.num_frames, ">= 2")
+        for key in ("num_inference_steps", "decode_chunk_size"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), ">= 1")
-        _require(0 < self.fps <= 240, "fps", self.fps, "in (0, 240]")
+        _require(0.001 <= self.fps <= 240, "fps", self.fps, "in [0.001, 240]")
         _require(0 <= self.motion_bucket_id <= 1023, "motion_bucket_id", self.motion_bucket_id, "in [0, 1023]")
         for key in ("noise_aug_strength", "min_guidance_scale", "max_guidance_scale"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), ">= 0")
+            value = getattr(self, key)
+            _require(value >= 0 and isfinite(value), key, value, ">= 0 and finite")
+        _require(
+            self.min_guidance_scale <= self.max_guidance_scale,
+            "min_guidance_scale",
+            self.min_guidance_scale,
+            f"at most max_guidance_scale = {self.max_guidance_scale}: guidance rises from the first frame to the last",
+        )
 
     @classmethod
     def from_config(cls, config: Config) -> SampleSettings:

@@ -145,8 +145,11 @@ def _missing_image(path: Path) -> str:
         return f"image {path}: no such file; there is no folder {path.parent} either."
     names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
     near = difflib.get_close_matches(path.name, names, n=1)
-    hint = f" Did you mean {path.parent / near[0]}?" if near else f" {path.parent} holds {len(names)} other files."
-    return f"image {path}: no such file.{hint}"
+    if near:
+        return f"image {path}: no such file. Did you mean {path.parent / near[0]}?"
+    folder = "the current folder" if path.parent == Path() else path.parent
+    held = {0: "no files", 1: "one other file"}.get(len(names), f"{len(names)} other files")
+    return f"image {path}: no such file; {folder} holds {held}."
 
 
 def _fit(image: Image.Image, height: int, width: int, resize: Resize) -> Image.Image:

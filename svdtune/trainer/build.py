@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from svdtune.config.schema import Config
 from svdtune.diffusion.conditioning import ClipPixels
-from svdtune.errors import ConfigError
+from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model, weights_hash
@@ -26,6 +27,9 @@ from svdtune.trainer.step import Parts
 if TYPE_CHECKING:
     from svdtune.data.catalog import Catalog
 
+# How long ranks wait for the main process, which samples videos, saves and exports while they do.
+PATIENCE = timedelta(hours=1)
+PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -63,11 +67,18 @@ def make_accelerator(config: Config) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs an NVIDIA GPU and none is visible. Use bf16 or no.")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(
+        kwargs_handlers=[patience],
         cpu=on_cpu, mixed_precision=config.train.precision, log_with=list(config.tracking.backends) or None,
         project_dir=str(Path(config.run.dir) / config.run.name),
     )  # fmt: skip
     check_world(accelerator.num_processes)
+    if accelerator.distributed_type not in PARALLEL:
+        raise UsageError(
+            f"the launcher asks for {accelerator.distributed_type.value}, svdtune trains with one process or DDP. Take FSDP, "
+            "DeepSpeed or Megatron out of the accelerate config: configs/accelerate/multi_gpu.yaml is one that works."
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Kernels round differently with another thread count, so it is set here and not left to the launcher.
     torch.set_num_threads(config.run.threads or max(1, cores // local_processes()))

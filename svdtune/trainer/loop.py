@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from svdtune.diffusion.draws import make_draws
 from svdtune.errors import Diverged, Stopped
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session
-from svdtune.trainer.metrics import StepReport, reduce_step
+from svdtune.trainer.metrics import StepReport, any_rank, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
@@ -61,12 +61,13 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
         _halt_if_diverged(session, position, accumulated, report, skipped)
         position = Position(position.step + 1, position.samples + session.clips_per_step)
         _report(session, progress, position, report, lr)
-        last = position.step == config.train.steps
-        if last or position.step % config.validation.interval == 0:
+        last, stop = position.step == config.train.steps, report.stop
+        if last or (position.step % config.validation.interval == 0 and not stop):
             _validate(session, validator, progress, position.step)
-        if last or report.stop or position.step % config.checkpoint.interval == 0:
+            stop = any_rank(session.accelerator, wish.name is not None)
+        if last or stop or position.step % config.checkpoint.interval == 0:
             _save(session, position, resolved)
-        if report.stop and not last:
+        if stop and not last:
             raise Stopped(
                 f"stopped by {wish.name or 'a signal on another rank'} after step {position.step}; the checkpoint is saved. "
                 "Run the same command again to go on."
@@ -136,10 +137,11 @@ def _halt_if_diverged(
         return
     mine = zip(accumulated.names, accumulated.sigmas.tolist(), accumulated.losses.tolist(), strict=True)
     clips = [f"{name} (sigma {sigma:.4g}, loss {loss:.4g})" for name, sigma, loss in mine]
-    bad = [line for line in gather_object(clips) if "loss nan" in line or "loss inf" in line] or gather_object(clips)
+    everywhere = gather_object(clips)
+    bad = [line for line in everywhere if "loss nan" in line or "loss inf" in line] or everywhere
     raise Diverged(
         f"step {position.step + 1}: loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}; no update was made from it. "
-        f"Clips of this step: {'; '.join(bad[:8])}. The last checkpoint is good. Lower train.lr, check these clips, "
+        f"Clips of this step: {'; '.join(bad[:8])}. Checkpoints saved before are good. Lower train.lr, check these clips, "
         "or use train.precision=bf16."
     )
 
@@ -158,7 +160,7 @@ def _report(session: Session, progress: Progress, position: Position, report: St
         "memory_gib": round(memory_gib(), 3),
         **{f"loss/sigma {band}": loss for band, loss in report.loss_by_sigma.items()},
     }
-    _write(session, line, position.step)
+    _write(session, {key: value if math.isfinite(value) else None for key, value in line.items()}, position.step)
     if session.accelerator.is_main_process:
         session.folder.beat()
 
@@ -187,7 +189,7 @@ def _save(session: Session, position: Position, resolved: str) -> None:
     session.accelerator.wait_for_everyone()
 
 
-def _write(session: Session, line: dict[str, float], step: int) -> None:
+def _write(session: Session, line: Mapping[str, float | None], step: int) -> None:
     if session.accelerator.is_main_process:
-        session.folder.append_metrics(line)
-    tracking.log(session, line, step)
+        session.folder.append_metrics(dict(line))
+    tracking.log(session, {key: value for key, value in line.items() if value is not None}, step)

@@ -32,12 +32,11 @@ def reduce_step(
 
     A NaN or infinity on any rank makes the sum over ranks non-finite, so every rank sees it.
     """
-    inner = torch.tensor(BAND_EDGES[1:-1], device=sigmas.device)
-    band = torch.nn.functional.one_hot(torch.bucketize(sigmas, inner, right=True), len(BANDS)).float()
+    band = torch.stack([(low <= sigmas) & (sigmas < high) for low, high in pairwise(BAND_EDGES)], dim=1)
     # NaN must stay out of the other bands: 0 * NaN is NaN.
-    in_band = torch.where(band > 0, losses[:, None], 0).sum(0)
-    flags = torch.stack([losses.mean(), grad_norm.float(), losses.new_tensor(float(stop))])
-    summed: Any = accelerator.reduce(torch.cat([flags, in_band, band.sum(0)]), reduction="sum")
+    in_band = torch.where(band, losses[:, None], 0).sum(0)
+    flags = torch.stack([losses.mean(), grad_norm.float(), torch.full_like(grad_norm, stop, dtype=torch.float32)])
+    summed: Any = accelerator.reduce(torch.cat([flags, in_band, band.sum(0).float()]), reduction="sum")
     values = summed.tolist()
     n, world = len(BANDS), accelerator.num_processes
     sums, counts = values[3 : 3 + n], values[3 + n :]
@@ -47,3 +46,9 @@ def reduce_step(
         loss_by_sigma={name: s / c for name, s, c in zip(BANDS, sums, counts, strict=True) if c},
         stop=values[2] > 0,
     )
+
+
+def any_rank(accelerator: Accelerator, wish: bool) -> bool:
+    """Whether `wish` holds on any rank; called on every rank."""
+    flag: Any = accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), reduction="sum")
+    return bool(flag.item())

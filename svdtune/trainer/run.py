@@ -19,7 +19,8 @@ from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, make_accelerator
 from svdtune.trainer.loop import run_loop
 from svdtune.trainer.run_folder import RunFolder, State
-from svdtune.trainer.signals import listen
+from svdtune.trainer.signals import StopWish, listen
+from svdtune.trainer.state import Position
 from svdtune.trainer.validate import inference
 
 
@@ -31,29 +32,39 @@ def train(config: Config, *, config_text: str) -> None:
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.run.dir) / config.run.name)
     main = accelerator.is_main_process
-    with folder.lock() if main else nullcontext(), _status(folder, accelerator):
+    with folder.lock() if main else nullcontext(), _status(folder, accelerator), listen() as wish:
         resolved = resolved_yaml(config)
-        if main:
-            folder.write_config(config_text, resolved)
         set_seed(config.run.seed)
         session = build(config, accelerator, folder, _scan(config, folder, main=main))
-        _run(session, resolved)
+        position, said = state.resume(session, resolved)
+        # Only now: a config that cannot go on with this run must not take the place of its own.
+        if main:
+            folder.write_config(config_text, resolved)
+            folder.truncate_metrics(position.step or -1)
+            _say(*said)
+        accelerator.wait_for_everyone()
+        _run(session, position, resolved, wish)
 
 
-def _run(session: Session, resolved: str) -> None:
-    position, said = state.resume(session)
-    main = session.accelerator.is_main_process
-    if main:
-        session.folder.truncate_metrics(position.step)
-        print(*said, sep="\n" if said else "", end="\n" if said else "", file=sys.stderr)
-    session.accelerator.wait_for_everyone()
-    tracking.start(session, resolved)
-    with listen() as wish:
+def _run(session: Session, position: Position, resolved: str, wish: StopWish) -> None:
+    main, steps, folder = session.accelerator.is_main_process, session.config.train.steps, session.folder
+    trains = position.step < steps
+    if trains:
+        tracking.start(session, resolved)
         run_loop(session, position, resolved, wish)
+    elif main:
+        _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     if main:
-        _export(session)
+        if trains or not folder.export.exists():
+            _export(session)
+        _say(f"result: {folder.export}", f"sheet:  {folder.path / 'contact_sheet.png'}", f"videos: {folder.samples}")
     session.accelerator.wait_for_everyone()
     session.accelerator.end_training()
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _scan(config: Config, folder: RunFolder, *, main: bool):
@@ -61,7 +72,7 @@ def _scan(config: Config, folder: RunFolder, *, main: bool):
     if main:
         folder.reject([rejected.reason for rejected in catalog.rejected])
         left_out = f", {len(catalog.rejected)} left out (rejected.jsonl says why)" if catalog.rejected else ""
-        print(f"clips: {len(catalog.train)} to train on, {len(catalog.held_out)} held out{left_out}", file=sys.stderr)
+        _say(f"clips: {len(catalog.train)} to train on, {len(catalog.held_out)} held out{left_out}")
     return catalog
 
 
@@ -83,7 +94,9 @@ def _status(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
     world = accelerator.num_processes
 
     def write(name: State, code: int | None, reason: str | None) -> None:
-        if accelerator.is_main_process:
+        rank = accelerator.process_index
+        if rank == 0 or name == "failed":
+            reason = f"rank {rank}: {reason}" if rank else reason
             folder.write_status(state=name, world_size=world, exit_code=code, reason=reason)
 
     write("starting", None, None)

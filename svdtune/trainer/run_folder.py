@@ -22,7 +22,7 @@ State = Literal["starting", "training", "done", "failed", "stopped", "diverged"]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`runs/<name>/`, created and known to be writable. Only the main process of a run writes here."""
+    """`runs/<name>/`, created and known to be writable. Only the main process writes here, except rejected clips and failures."""
 
     path: Path
 

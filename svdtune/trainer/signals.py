@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ def listen() -> Iterator[StopWish]:
     def note(number: int, _frame: FrameType | None) -> None:
         wish.name = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+        os.write(2, f"\n{wish.name}: saving a checkpoint after this step; once more ends at once\n".encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:

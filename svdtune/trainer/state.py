@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate.utils import broadcast_object_list
 
 from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.files import load_json, save_json
 from svdtune.checkpoint.optimizer import load_optimizer, save_optimizer
 from svdtune.checkpoint.store import find_latest, publish
+from svdtune.errors import CheckpointError
 from svdtune.trainer.build import Session
 
 
@@ -47,29 +49,75 @@ def save(session: Session, position: Position, resolved: str) -> Path:
     )
 
 
-def resume(session: Session) -> tuple[Position, list[str]]:
+def resume(session: Session, resolved: str) -> tuple[Position, list[str]]:
     """Load the newest valid checkpoint, on every rank. Returns where the run stands, and lines to say.
 
-    Weights, averages and optimizer state come from the checkpoint; every option comes from the config, edited or not.
+    Raises CheckpointError when there are checkpoints but none is whole, or it was made for other parameters.
+
+    Weights, averages and optimizer state come from the checkpoint; every option comes from `resolved`, the YAML of now.
     """
-    folder, said = _find(session)
+    folder, skipped = _find(session)
+    if folder is None and skipped:
+        raise CheckpointError(
+            "no checkpoint of this run can be used, and starting again from step 0 would throw the run away:\n  "
+            + "\n  ".join(skipped)
+            + "\nRestore one from a copy, or set another run.name to start anew."
+        )
     if folder is None:
-        return Position(), said
+        return Position(), []
+    said = [*(f"skipped {line}" for line in skipped), f"resuming {folder}"]
+    said += changed_options((folder / "config.yaml").read_text(), resolved)
     raw = _raw(session.optimizer)
     options = [{key: value for key, value in group.items() if key != "params"} for group in raw.param_groups]
     disk.load_trained(folder, session.trained)
     load_optimizer(folder, raw, session.trained)
     for group, values in zip(raw.param_groups, options, strict=True):
         group.update(values)
-    if session.ema is not None:
-        disk.load_ema(folder, session.ema, session.trained)
-        session.ema.decay = session.config.train.ema_decay
+    said += _load_ema(session, folder)
     trainer = load_json(folder / "trainer.json")
     position = Position(trainer["step"], trainer["samples"])
     _advance(session, position.step)
     if session.accelerator.scaler is not None and trainer["scaler"]:
         session.accelerator.scaler.load_state_dict(trainer["scaler"])
-    return position, [*said, f"resuming {folder} at step {position.step}"]
+    if trainer["threads"] != torch.get_num_threads():
+        said.append(
+            f"it ran with {trainer['threads']} CPU threads, this process has {torch.get_num_threads()}: on a CPU the last "
+            "digits will differ; run.threads sets the number"
+        )
+    return position, said
+
+
+def changed_options(before: str, now: str) -> list[str]:
+    """One line for each option that differs between two resolved YAMLs."""
+    old, new = flat(yaml.safe_load(before)), flat(yaml.safe_load(now))
+    return [
+        f"option changed since that checkpoint: {key} was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1e-4}} to {"train.lr": 1e-4}; what is no plain value becomes text, as TensorBoard's hparams want."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return result
+
+
+def _load_ema(session: Session, folder: Path) -> list[str]:
+    if session.ema is None:
+        return []
+    if not (folder / "ema.safetensors").is_file():
+        for average, parameter in zip(session.ema.shadow_params, session.trained.values(), strict=True):
+            average.copy_(parameter.detach())
+        return ["train.ema is new to this run: the averages start from the weights of this checkpoint"]
+    disk.load_ema(folder, session.ema, session.trained)
+    session.ema.decay = session.config.train.ema_decay
+    return []
 
 
 def _find(session: Session) -> tuple[Path | None, list[str]]:
@@ -77,7 +125,7 @@ def _find(session: Session) -> tuple[Path | None, list[str]]:
     found: list[Any] = [None]
     if session.accelerator.is_main_process:
         latest = find_latest(session.folder.checkpoints)
-        found = [(latest.folder, [f"skipped {line}" for line in latest.skipped])]
+        found = [(latest.folder, list(latest.skipped))]
     return broadcast_object_list(found)[0]
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from svdtune.errors import ConfigError
 from svdtune.trainer.build import Session
+from svdtune.trainer.state import flat
 
 
 def start(session: Session, resolved: str) -> None:
@@ -50,14 +51,3 @@ def log_videos(session: Session, videos: list[Path], step: int) -> None:
 
     media = {f"samples/{video.stem}": wandb.Video(str(video), format="mp4") for video in videos}
     session.accelerator.get_tracker("wandb").log(media, step=step)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1e-4}} to {"train.lr": 1e-4}; lists become text, as TensorBoard's hparams want."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,9 +54,13 @@ class Validator:
         """What sample videos start from: the given images, or held-out clips (training clips when none is held out)."""
         config = self.session.config
         if config.validation.images:
-            return [_image_subject(Path(image), config.data) for image in config.validation.images]
+            paths = [Path(image) for image in config.validation.images]
+            return [
+                _image_subject(name, path, config.data) for name, path in zip(unique_names(paths), paths, strict=True)
+            ]
         batches = self._decode(config.validation.samples, fall_back=True)
-        return [Subject(Path(b.names[0]).stem, b.pixels[0, 0], to_uint8(b.pixels[0])) for b in batches]
+        names = unique_names([Path(batch.names[0]) for batch in batches])
+        return [Subject(name, b.pixels[0, 0], to_uint8(b.pixels[0])) for name, b in zip(names, batches, strict=True)]
 
     def held_out_loss(self) -> dict[str, float]:
         """Mean loss over the held-out clips, in all and per sigma; {} without held-out clips. Called on every rank."""
@@ -149,9 +154,19 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _image_subject(path: Path, data: Data) -> Subject:
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """File stems; a stem that came before gets a number: another window of one clip, or its namesake in another folder."""
+    seen: Counter[str] = Counter()
+    names = []
+    for path in paths:
+        seen[path.stem] += 1
+        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}~{seen[path.stem]}")
+    return names
+
+
+def _image_subject(name: str, path: Path, data: Data) -> Subject:
     image = read_image(path, height=data.height, width=data.width, resize=data.resize)
-    return Subject(path.stem, image, None)
+    return Subject(name, image, None)
 
 
 def _load_frames(video: Path) -> np.ndarray | None:

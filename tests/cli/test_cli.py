@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svdtune import cli, errors
+from svdtune import __version__, cli, errors
 from svdtune.data.demo import write_demo
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -183,4 +183,25 @@ def test_the_unforeseen_keeps_its_traceback_and_interrupts_are_130() -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("RuntimeError: unforeseen\n")
-    assert svdtune("boom", code=RAISING.format("KeyboardInterrupt")).returncode == 130
+    done = svdtune("boom", code=RAISING.format("KeyboardInterrupt"))
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_interrupted_outside_a_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fail_with(KeyboardInterrupt(), monkeypatch)
+    assert here(capsys) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [errors.DataError("why"), KeyboardInterrupt()])
+def test_an_open_progress_line_is_cleared_on_a_terminal(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_with(error, monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, err = here(capsys)
+    assert err.startswith("\r\x1b[2K")
+    assert err.count("\x1b[2K") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert here(capsys, "--version") == (0, f"svdtune {__version__}\n", "")

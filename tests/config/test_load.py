@@ -94,6 +94,10 @@ MISTAKES = {
         "c.yaml:2: model.revision: got 123450000000.0, expected text or null; put it in quotes, "
         "or YAML reads it as a float",
     ),
+    "text that YAML reads as a whole number": (
+        "model:\n  revision: 12\n",
+        "c.yaml:2: model.revision: got 12, expected text or null; put it in quotes, or YAML reads it as an int",
+    ),
     "the choice no without quotes": (
         "train:\n  precision: no\n",
         "c.yaml:2: train.precision: got False, expected one of bf16, fp16, no; put it in quotes, "
@@ -150,6 +154,25 @@ MISTAKES = {
         "run:\n  seed: 1\ndata:\n  width: 100\n",
         "c.yaml:4: data.width: got 100, expected a multiple of 8 from 16 up (nearest: 96)",
     ),
+    "seed too large": (
+        "run: {seed: 4294967296}",
+        "c.yaml:1: run.seed: got 4294967296, expected a whole number from 0 to 4294967295",
+    ),
+    "guidance that falls": (
+        "validation: {guidance: [3, 1]}",
+        "c.yaml:1: validation.guidance: got (3.0, 1.0), expected [first frame, last frame] with 0 <= first <= last",
+    ),
+    "guidance below 0": ("validation: {guidance: [-1, 1]}", "c.yaml:1: validation.guidance: got (-1.0, 1.0), expected"),
+    "infinite": ("train: {lr: .inf}", "c.yaml:1: train.lr: got inf, expected a finite number"),
+    "not a number": ("objective: {p_mean: .nan}", "c.yaml:1: objective.p_mean: got nan, expected a finite number"),
+    "infinite in a list": (
+        "validation: {sigmas: [1, .inf]}",
+        "c.yaml:1: validation.sigmas: got [1.0, inf], expected finite numbers",
+    ),
+    "not a number in a tuple": (
+        "conditioning: {noise_aug: [.nan, 0.5]}",
+        "c.yaml:1: conditioning.noise_aug: got (nan, 0.5), expected finite numbers",
+    ),
     "cross-field": (
         "train:\n  steps: 3\n  warmup: 5\n",
         "c.yaml:3: train.warmup: got 5, expected at most train.steps = 3",
@@ -201,6 +224,7 @@ OVERRIDE_MISTAKES = {
     "data.widht=3": "unknown key data.widht. Did you mean data.width?",
     "dta.width=3": "unknown section 'dta'. Did you mean 'data'?",
     "width=3": "unknown section 'width'. Did you mean data.width?",
+    "train=": "'train' is a section; expected section.key=value, such as train.steps=...",
     "data.width": "no '='; expected section.key=value, such as train.steps=100",
     "data.width=a=b": "data.width: got 'a=b', expected a whole number",
     "data.width=": "data.width: got None, expected a whole number",
@@ -209,7 +233,7 @@ OVERRIDE_MISTAKES = {
     "train.betas=[0.9": "'[0.9' is not valid YAML:",
     "train.betas=[0.9]": "train.betas: got [0.9], expected a list of 2: [a number, a number]",
     "train.steps=4": "",
-    "data.fps=0": "data.fps: got 0.0, expected in (0, 240]",
+    "data.fps=0": "data.fps: got 0.0, expected in [0.001, 240]",
     "tracking.project=${oc.env:HF_TOKEN}": "tracking.project: reads the environment variable HF_TOKEN",
     "data.root.x=3": "unknown key data.root.x. Did you mean data.root?",
 }
@@ -230,6 +254,10 @@ def test_no_such_file_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Monk
     assert error_of(path) == "tniy.yaml: no such file."
     write(tmp_path, VALID, "other.yaml")
     assert error_of(path) == f"tniy.yaml: no such file. There are: {tmp_path / 'other.yaml'}."
+    for number in range(6):
+        write(tmp_path, VALID, f"{number}.yaml")
+    listed = ", ".join(str(tmp_path / f"{number}.yaml") for number in range(5))
+    assert error_of(path) == f"tniy.yaml: no such file. There are: {listed} and 2 more."
     write(tmp_path, VALID, "tiny.yaml")
     assert error_of(path) == f"tniy.yaml: no such file. Did you mean {tmp_path / 'tiny.yaml'}?"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from svdtune.data.index import Orientation, index_video
 from svdtune.data.readers import open_reader
@@ -56,6 +57,13 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     assert refusal(path) == "is a git-lfs pointer, not the video itself; run `git lfs pull`"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "JPEG"])
+def test_picture_named_like_a_video(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.mp4"
+    Image.new("RGB", (64, 48)).save(path, format=kind)
+    assert refusal(path) == f"is a {kind} picture, not a video; remove it from data.root, or convert it with ffmpeg"
 
 
 def test_empty_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.config.schema import Data
-from svdtune.data.catalog import SUFFIXES, find_videos, scan, split
+from svdtune.data.catalog import SUFFIXES, clip_name, find_videos, scan, split
 from svdtune.data.children import map_files
 from svdtune.errors import DataError
 
@@ -28,6 +28,23 @@ def test_no_such_folder_names_the_nearest(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"data.root: no such folder: {root} (looked in {root}). Did you mean {tmp_path / 'clips'}?"
     )
+
+
+def test_no_such_folder_names_no_far_one(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    root = tmp_path / "clips"
+    with pytest.raises(DataError) as caught:
+        find_videos(root)
+    assert str(caught.value) == f"data.root: no such folder: {root} (looked in {root})."
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = video("clips/a/b.mp4", frames=20)
+    options = data(Path("~/clips"))
+    (index,) = scan(options).train
+    assert index.path == path
+    assert clip_name(index, options) == "a/b.mp4"
 
 
 def test_file_instead_of_folder(tmp_path: Path) -> None:
@@ -84,9 +101,32 @@ def test_nothing_usable_lists_the_reasons(tmp_path: Path) -> None:
         (tmp_path / f"{i:02}.mp4").write_text("no video")
     with pytest.raises(DataError) as caught:
         scan(data(tmp_path))
+    assert str(caught.value).splitlines() == [
+        f"data.root: none of the 12 file(s) in {tmp_path} can be used:",
+        f"  {tmp_path / '00.mp4'}: is a text file, not a video (it starts with 'no video')",
+        "    and 11 more like it: 01.mp4, 02.mp4, 03.mp4, ...",
+    ]
+
+
+def test_nothing_usable_lists_reasons_that_differ_in_numbers_once(tmp_path: Path, video: Video) -> None:
+    for frames in (3, 4):
+        video(f"{frames}.mp4", frames=frames)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(DataError) as caught:
+        scan(data(tmp_path))
+    _, first, alike, other = str(caught.value).splitlines()
+    assert first.startswith(f"  {tmp_path / '3.mp4'}: lasts 0.20 s")
+    assert alike == "    and 1 more like it: 4.mp4"
+    assert other == f"  {tmp_path / 'empty.mp4'}: is empty (0 bytes); copy it again"
+
+
+def test_nothing_usable_lists_ten_kinds_of_reasons(tmp_path: Path) -> None:
+    for letter in "abcdefghijkl":
+        (tmp_path / f"{letter}.mp4").write_text(letter)
+    with pytest.raises(DataError) as caught:
+        scan(data(tmp_path))
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"data.root: none of the 12 file(s) in {tmp_path} can be used:"
-    assert lines[1] == f"  {tmp_path / '00.mp4'}: is a text file, not a video (it starts with 'no video')"
+    assert len(lines) == 12
     assert lines[-1] == "  ... and 2 more"
 
 

@@ -144,3 +144,13 @@ def test_vae_chunks_and_autocast_change_nothing(model, batch, draws):
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(inside, chunked)
     assert inside.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("height", "width"), [(576, 1024), (64, 96), (224, 224), (100, 700)])
+def test_resize_is_the_pipelines_to_the_bit(height, width):
+    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(
+        conditioning.resize_with_antialiasing(images, 224), _resize_with_antialiasing(images, (224, 224))
+    )

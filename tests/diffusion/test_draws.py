@@ -43,6 +43,12 @@ def test_noises_are_independent_of_each_other_and_between_samples():
     flat = [drawn.noise.flatten(), drawn.posterior_noise.flatten(), torch.roll(drawn.noise, 1, 0).flatten()]
     correlation = torch.corrcoef(torch.stack(flat)) - torch.eye(3)
     assert correlation.abs().max() < 0.05
+    pixel = drawn.pixel_noise
+    pairs = [pixel.flatten(), torch.roll(pixel, 1, 0).flatten(), torch.roll(pixel, 2, 0).flatten()]
+    assert (torch.corrcoef(torch.stack(pairs)) - torch.eye(3)).abs().max() < 0.05
+    shared = min(pixel[0].numel(), drawn.noise[0].numel())
+    across = [pixel.flatten(1)[:, :shared].flatten(), drawn.noise.flatten(1)[:, :shared].flatten()]
+    assert abs(float(torch.corrcoef(torch.stack(across))[0, 1])) < 0.05
 
 
 def test_sigma_is_log_normal_and_dropout_is_independent():

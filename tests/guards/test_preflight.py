@@ -8,7 +8,7 @@ import pytest
 from svdtune.config.load import load_config
 from svdtune.data.demo import write_demo
 from svdtune.guards.findings import Finding, Report, Stage
-from svdtune.guards.preflight import run_preflight
+from svdtune.guards.preflight import check_model, run_preflight
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -100,6 +100,27 @@ def test_lora_targets_that_match_nothing_are_found(clips):
     found = report(clips, "adapt.method=lora", "adapt.targets=[attn1.to_quary]")
     assert codes(found) == [("SHP401", "error")]
     assert "Did you mean" in found.findings[0].got
+
+
+def test_an_image_to_sample_from_that_cannot_be_opened_is_found(clips, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    found = report(clips, f"validation.images=[{tmp_path / 'text.png'},{tmp_path / 'gone.png'}]")
+    assert codes(found) == [("DAT303", "error"), ("DAT303", "error")]
+    assert "text.png" in found.findings[0].got
+    assert "gone.png" in found.findings[1].got
+
+
+def test_weights_still_to_be_downloaded_are_said(clips, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    xt = load_config(TINY.parent / "svd_xt_lora.yaml", [f"data.root={clips}"])
+    assert [(f.code, f.severity) for f in check_model(xt)] == [("CKP203", "warning")]
+
+
+def test_a_huge_batch_does_not_take_minutes(clips):
+    """The VAE's chunks are a loop; 100,000 clips in chunks of 4 frames would be 200,000 fake encodings."""
+    assert report(clips, "train.batch_size=100000").ok
 
 
 def test_json_is_the_whole_report():

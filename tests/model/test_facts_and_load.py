@@ -147,7 +147,8 @@ def test_what_pretrained_may_be(tmp_path):
 def test_hub_id_without_a_network_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        ModelError, match=r"could not get someone/nothing \(revision main\).*give its path; 'tiny' ships with svdtune"
+        ModelError,
+        match=r"no folder someone/nothing here, and it could not be got from the hub .*give its path; 'tiny' ships",
     ):
         load_model(Model(pretrained="someone/nothing"))
 

@@ -59,6 +59,7 @@ def save(run: Path, step: int, *, shift: float = 0.0, ema_shift: float | None = 
 
     def write(folder: Path) -> None:
         save_trained(folder, trained, lora=config.adapt.method == "lora")
+        (folder / "config.yaml").write_text((run / "config.resolved.yaml").read_text())
         if ema_shift is not None:
             config.train.ema = True
             move(trained, ema_shift - shift)
@@ -235,8 +236,39 @@ def test_bad_options(run: Path, image: Path) -> None:
     assert message(UsageError, run, image, out=run / "a.gif") == (
         f"out: got {run}/a.gif, expected the path of a file that ends in .mp4"
     )
-    assert message(UsageError, run, image, seed=-1) == "seed: got -1, expected >= 0"
-    assert message(UsageError, run, image, num_frames=0) == "num_frames: got 0, expected >= 1"
+    for seed in (-1, 2**63):
+        assert message(UsageError, run, image, seed=seed) == (
+            f"seed: got {seed}, expected a whole number from 0 to 2**63 - 1"
+        )
+    assert message(UsageError, run, image, num_frames=0) == "num_frames: got 0, expected >= 2"
+
+
+def test_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, 1)
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("the model was loaded"))
+    out = image / "x.mp4"
+    fix = "Give with --out a path in a folder that can be written to."
+    assert message(UsageError, run, image, out=out) == (
+        f"out: {out} cannot be written: {image} is a file, not a folder. {fix}"
+    )
+    assert message(UsageError, run, image, out=Path("/proc/nope/x.mp4")) == (
+        f"out: /proc/nope/x.mp4 cannot be written: No such file or directory. {fix}"
+    )
+    (run / "samples").touch()
+    assert message(UsageError, run, image) == (
+        f"out: {run}/samples/first-seed0.mp4 cannot be written: {run}/samples is a file, not a folder. {fix}"
+    )
+
+
+def test_a_folder_that_refuses_files_is_found_before_the_model_is_loaded(
+    run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere but in /proc, where a folder that exists takes no files."""
+    save(run, 1)
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("the model was loaded"))
+    assert message(UsageError, run, image, out=Path("/proc/x.mp4")).startswith("out: /proc/x.mp4 cannot be written: ")
 
 
 def test_another_base(run: Path, image: Path) -> None:

@@ -63,11 +63,18 @@ def test_settings_from_config() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("num_frames", 0, "num_frames: got 0, expected >= 1"),
+        ("num_frames", 1, "num_frames: got 1, expected >= 2"),
         ("num_inference_steps", 0, "num_inference_steps: got 0, expected >= 1"),
-        ("fps", 0, "fps: got 0, expected in (0, 240]"),
+        ("fps", 0.0009, "fps: got 0.0009, expected in [0.001, 240]"),
         ("motion_bucket_id", 2000, "motion_bucket_id: got 2000, expected in [0, 1023]"),
-        ("max_guidance_scale", -1.0, "max_guidance_scale: got -1.0, expected >= 0"),
+        ("max_guidance_scale", -1.0, "max_guidance_scale: got -1.0, expected >= 0 and finite"),
+        ("noise_aug_strength", float("inf"), "noise_aug_strength: got inf, expected >= 0 and finite"),
+        (
+            "min_guidance_scale",
+            2.5,
+            "min_guidance_scale: got 2.5, expected at most max_guidance_scale = 2.0: "
+            "guidance rises from the first frame to the last",
+        ),
     ],
 )
 def test_settings_out_of_range(key: str, value: float, sentence: str) -> None:

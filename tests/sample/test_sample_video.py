@@ -193,11 +193,19 @@ def test_image_missing(tmp_path: Path) -> None:
     assert message(tmp_path / "kiten.png") == (
         f"image {tmp_path}/kiten.png: no such file. Did you mean {tmp_path}/kitten.png?"
     )
-    assert message(tmp_path / "zzzzzzz") == f"image {tmp_path}/zzzzzzz: no such file. {tmp_path} holds 1 other files."
+    assert message(tmp_path / "zzzzzzz") == f"image {tmp_path}/zzzzzzz: no such file; {tmp_path} holds one other file."
     assert message(tmp_path / "no" / "a.png") == (
         f"image {tmp_path}/no/a.png: no such file; there is no folder {tmp_path}/no either."
     )
     assert message(tmp_path) == f"image {tmp_path}: this is a folder, expected one picture file (PNG, JPEG or WebP)."
+
+
+def test_image_missing_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message(Path("nope.png")) == "image nope.png: no such file; the current folder holds no files."
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    assert message(Path("nope.png")) == "image nope.png: no such file; the current folder holds 2 other files."
 
 
 def test_image_is_none(tmp_path: Path) -> None:

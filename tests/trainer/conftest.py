@@ -52,11 +52,11 @@ def train(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Pa
     return run
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command with its output kept."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPO
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPO, **options
     )
 
 

@@ -2,20 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from svdtune.config.load import load_config, resolved_yaml
 from svdtune.data.catalog import scan
-from svdtune.errors import ConfigError, Diverged
+from svdtune.errors import CheckpointError, ConfigError, Diverged, Stopped, UsageError
 from svdtune.trainer import loop, run, state
 from svdtune.trainer.build import build, make_accelerator
 from svdtune.trainer.metrics import BANDS, reduce_step
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
+from svdtune.trainer.validate import unique_names
 from tests.trainer.conftest import REPO, SHORT, metrics
 
 pytestmark = pytest.mark.filterwarnings(
@@ -200,9 +204,11 @@ def test_an_edited_learning_rate_and_weight_decay_apply_on_resume(session):
     made = session("train.steps=2", "train.lr=1e-3", "train.weight_decay=0.5", "train.schedule=cosine")
     train(made)
     edited = session("train.steps=4", "train.lr=1e-4", "train.weight_decay=0.1")
-    position, said = state.resume(edited)
+    position, said = state.resume(edited, resolved_yaml(edited.config))
     assert position == Position(2, 4)
-    assert "at step 2" in said[-1]
+    assert said[0] == f"resuming {edited.folder.checkpoints / 'step-00000002'}"
+    assert "option changed since that checkpoint: train.lr was 0.001, is 0.0001" in said
+    assert len(said) == 5
     (group,) = edited.optimizer.param_groups
     assert group["lr"] == pytest.approx(1e-4)
     assert group["weight_decay"] == pytest.approx(0.1)
@@ -244,3 +250,122 @@ def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, 
     assert list((folder / "samples" / "step-000002").glob("*.mp4"))
     assert (folder / "contact_sheet.png").exists()
     assert (folder / "config.yaml").read_text() == "text of the YAML\n"
+
+
+def test_a_signal_in_validation_stops_after_the_checkpoint(session, monkeypatch):
+    made, wish = session("train.steps=9", "validation.interval=2", "checkpoint.interval=100"), StopWish()
+    validate = loop._validate
+
+    def signalled(*arguments):
+        validate(*arguments)
+        wish.name = "SIGTERM" if arguments[-1] == 2 else None
+
+    monkeypatch.setattr(loop, "_validate", signalled)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 2; the checkpoint is saved"):
+        train(made, wish)
+    assert (made.folder.checkpoints / "step-00000002" / "MANIFEST.json").exists()
+
+
+def with_loss_scale(session, init_scale):
+    """fp16's path on a CPU: what accelerate sets up for mixed_precision="fp16", with a CPU gradient scaler."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    optimizer = AcceleratedOptimizer(session.optimizer.optimizer, scaler=scaler)
+    accelerator = session.accelerator
+    accelerator.scaler, accelerator.native_amp, accelerator._optimizers = scaler, True, [optimizer]
+    accelerator.state._mixed_precision = "fp16"
+    return replace(session, optimizer=optimizer)
+
+
+def test_overflow_under_a_loss_scale_skips_the_update_and_the_scale_resumes(session, monkeypatch):
+    """Infinite gradients halve the scale and do nothing more."""
+    made = with_loss_scale(session("train.steps=3", "train.lr=1e-2"), 1024.0)
+    scaler = made.accelerator.scaler
+    step, calls, at_overflow = loop.train_step, [], {}
+
+    def overflowing(parts, batch, draws):
+        calls.append(batch)
+        result = step(parts, batch, draws)
+        if len(calls) == 2:
+            at_overflow.update({name: p.detach().clone() for name, p in made.trained.items()})
+            result.loss.register_hook(lambda grad: grad * math.inf)
+        if len(calls) == 3:
+            assert all(torch.equal(p, at_overflow[name]) for name, p in made.trained.items())
+        return result
+
+    monkeypatch.setattr(loop, "train_step", overflowing)
+    train(made)
+    assert scaler.get_scale() == 512.0
+    assert [line["grad_norm"] is None for line in metrics(made.folder.path)] == [False, True, False]
+    assert not all(torch.equal(p, at_overflow[name]) for name, p in made.trained.items())
+
+    again = with_loss_scale(session("train.steps=4"), 7.0)
+    state.resume(again, resolved_yaml(again.config))
+    assert again.accelerator.scaler.get_scale() == 512.0
+
+
+def test_endless_overflow_ends_the_run(session, monkeypatch):
+    made = with_loss_scale(session("train.steps=60"), 2.0**60)
+    step = loop.train_step
+
+    def overflowing(parts, batch, draws):
+        result = step(parts, batch, draws)
+        result.loss.register_hook(lambda grad: grad * math.inf)
+        return result
+
+    monkeypatch.setattr(loop, "train_step", overflowing)
+    with pytest.raises(Diverged, match=r"step 21: .*gradient norm"):
+        train(made)
+
+
+def test_no_whole_checkpoint_left_is_an_error_not_a_new_start(session):
+    made = session("train.steps=1")
+    train(made)
+    weights = made.folder.checkpoints / "step-00000001" / "lora.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)no checkpoint of this run can be used.*step-00000001.*set another run\.name"
+    ):
+        state.resume(session("train.steps=2"), "{}")
+
+
+def test_ema_turned_on_for_a_resume_starts_from_the_weights(session):
+    made = session("train.steps=2", "train.lr=1e-2")
+    train(made)
+    resumed = session("train.steps=3", "train.ema=true")
+    _, said = state.resume(resumed, resolved_yaml(resumed.config))
+    assert any("averages start from the weights of this checkpoint" in line for line in said)
+    for average, parameter in zip(resumed.ema.shadow_params, resumed.trained.values(), strict=True):
+        assert torch.equal(average, parameter)
+
+
+def test_another_thread_count_is_said(session):
+    made = session("train.steps=1")
+    train(made)
+    threads = torch.get_num_threads()
+    resumed = session("train.steps=2", f"run.threads={threads + 1}")
+    _, said = state.resume(resumed, resolved_yaml(resumed.config))
+    assert any(f"it ran with {threads} CPU threads, this process has {threads + 1}" in line for line in said)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_its_metrics_anew(session, config, tmp_path):
+    _reset()
+    made = config("train.steps=1", "validation.clips=1")
+    folder = RunFolder(tmp_path / "r")
+    folder.append_metrics({"step": 0, "held_out_loss": 1.0})
+    folder.append_metrics({"step": 1, "loss": 1.0})
+    run.train(made, config_text="")
+    assert [(line["step"], "loss" in line) for line in metrics(tmp_path / "r")] == [(0, False), (1, True), (1, False)]
+
+
+def test_samples_of_one_file_or_of_namesakes_do_not_overwrite_each_other():
+    assert unique_names([Path("a/x.mp4"), Path("b/x.mp4"), Path("y.mp4"), Path("a/x.mp4")]) == ["x", "x~2", "y", "x~3"]
+
+
+def test_parallelism_that_is_not_ours_is_refused(config, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    _reset()
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _self: DistributedType.FSDP))
+    with pytest.raises(UsageError, match=r"the launcher asks for FSDP, svdtune trains with one process or DDP"):
+        make_accelerator(config())
+    _reset()

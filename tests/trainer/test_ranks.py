@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainer.conftest import REPO, SHORT, losses, start
+from tests.trainer.conftest import REPO, SHORT, losses, metrics, start
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -52,13 +52,23 @@ def test_what_one_rank_sees_holds_for_all(tmp_path, clips):
                 assert torch.equal(before, seen[name.replace("before/", "weight/")])
 
 
+def test_two_ranks_in_bf16_with_frozen_and_trained_dtypes_stay_equal(tmp_path, clips):
+    first, second = one_step(tmp_path, clips, 2, "adapt.method=temporal", "train.batch_size=1", "train.precision=bf16")
+    assert all(torch.equal(first[name], second[name]) for name in first if name.startswith("weight/"))
+
+
 def test_two_ranks_of_batch_two_lose_what_one_rank_of_batch_four_loses(train):
-    common = ["train.steps=4", "train.accumulation=2", "train.lr=1e-3"]
+    common = ["train.steps=4", "train.accumulation=2", "train.lr=1e-3", "validation.clips=3", "data.holdout=0.3",
+              "validation.samples=1", "validation.inference_steps=2", "validation.sigmas=[0.5,5]"]  # fmt: skip
     two = train("two", *common, "train.batch_size=2", launcher=TORCHRUN)
     one = train("one", *common, "train.batch_size=4")
     assert losses(two).keys() == losses(one).keys() == {1, 2, 3, 4}
     for step, loss in losses(one).items():
         assert losses(two)[step] == pytest.approx(loss, abs=1e-5)
+    held = [[line["held_out_loss"] for line in metrics(run) if "held_out_loss" in line] for run in (one, two)]
+    assert len(held[0]) == 2
+    assert held[1] == pytest.approx(held[0], abs=1e-5)
+    assert len(list((two / "samples" / "step-000004").glob("*.mp4"))) == 1
 
 
 def test_a_run_resumes_on_another_number_of_ranks(train):

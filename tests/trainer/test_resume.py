@@ -1,6 +1,7 @@
 """Kill a run in the middle, run the same command again: nothing shows that it was interrupted."""
 
 import json
+import os
 import signal
 import time
 
@@ -89,6 +90,21 @@ def test_sigterm_saves_and_exits_143_and_the_next_start_goes_on(train, command, 
     assert len(metrics(run)) == reached
     longer = train("stopped", f"train.steps={reached + 1}", *common[1:])
     assert list(losses(longer)) == list(range(1, reached + 2))
+
+
+def test_a_signal_to_the_whole_group_stops_in_order_with_workers(command, tmp_path):
+    """torchrun and terminals signal process groups: loader workers must outlive that, or they look like a bad clip."""
+    arguments = command("group", "train.steps=500", "data.workers=2", "adapt.method=lora", "train.accumulation=4")
+    process = start(arguments, start_new_session=True)
+    run = tmp_path / "group"
+    while process.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err[-2000:]
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert "loader workers failed" not in err
+    assert list((run / "checkpoints").glob("step-*"))
 
 
 def test_another_trainable_set_cannot_resume(train, command):
