@@ -16,6 +16,8 @@ from svdtune.data.demo import measure_displacement
 from svdtune.data.index import index_video
 from svdtune.data.readers import open_reader
 
+# The fine-tuning of the README takes 2 minutes on 2 free cores, many more where others use them too.
+pytestmark = pytest.mark.timeout(1800)
 REPO = Path(__file__).parents[1]
 
 

@@ -162,7 +162,8 @@ def message(kind: type[Exception], *args: object, **kwargs: object) -> str:
     return str(error.value)
 
 
-def test_no_such_run(run: Path, image: Path) -> None:
+def test_no_such_run(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path / "runs")  # a checkout may hold runs/ of its own
     (run / "checkpoints").mkdir()
     assert message(UsageError, run.parent / "shaeps", image) == (
         f"no such run: {run.parent}/shaeps. Did you mean {run}?"
