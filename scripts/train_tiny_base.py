@@ -332,7 +332,7 @@ def train_image_encoder(encoder: CLIPVisionModelWithProjection, *, steps: int, r
         read = head(embeds)
         error, wrong = F.smooth_l1_loss(read[:, :9], facts), F.cross_entropy(read[:, 9:], kinds)
         seen["kind right"] = float((read[:, 9:].argmax(1) == kinds).float().mean())
-        seen["colour error"] = float((read[:, 3:9] - facts[:, 3:9]).abs().mean())
+        seen["colour error"] = float((read.detach()[:, 3:9] - facts[:, 3:9]).abs().mean())
         return 8.0 * error + 0.3 * wrong + 1e-3 * (embeds.square().mean() - 1.0).square()
 
     parameters = [*encoder.parameters(), *head.parameters()]

@@ -129,7 +129,12 @@ def _copy_json(base: Base, part: str, name: str, target: Path) -> None:
             f"{source}: expected the {part} settings of the base, got none, so the exported pipeline would not open. "
             "Restore the file from the model's release and run the same command again."
         )
-    target.write_text(json.dumps(json.loads(source.read_text(encoding="utf-8")), indent=2) + "\n", encoding="utf-8")
+    content = json.loads(source.read_text(encoding="utf-8"))
+    if part == "image_encoder":
+        # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
+        content.pop("torch_dtype", None)
+        content["dtype"] = "float32"
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _base_weights(base: Base, part: str) -> dict[str, Tensor]:

@@ -57,7 +57,8 @@ def _run(session: Session, position: Position, resolved: str, wish: StopWish) ->
     if main:
         if trains or not folder.export.exists():
             _export(session)
-        _say(f"result: {folder.export}", f"sheet:  {folder.path / 'contact_sheet.png'}", f"videos: {folder.samples}")
+        made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
+        _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
     session.accelerator.end_training()
 
