@@ -8,24 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svdtune.checkpoint.files import load_json, save_json
-from svdtune.checkpoint.optimizer import load_optimizer, save_optimizer
 from svdtune.checkpoint.tensors import NamedParameters, load_tensors, require_same, save_tensors, shapes_of
 from svdtune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
     from torch import Tensor
-
-__all__ = [
-    "load_ema",
-    "load_json",
-    "load_optimizer",
-    "load_trained",
-    "save_ema",
-    "save_json",
-    "save_optimizer",
-    "save_trained",
-]
 
 _FULL, _LORA, _EMA, _EMA_COUNTERS = "unet.safetensors", "lora.safetensors", "ema.safetensors", "ema.json"
 

@@ -81,7 +81,7 @@ def is_local(model: Model) -> bool:
         return True
     from huggingface_hub import try_to_load_from_cache
 
-    suffix = f".{model.variant}.safetensors" if model.variant else ".safetensors"
+    suffix = _suffix(model.variant)
     names = [f"{part}/{'model' if part == 'image_encoder' else 'diffusion_pytorch_model'}{suffix}" for part in PARTS]
     return all(isinstance(try_to_load_from_cache(model.pretrained, n, revision=model.revision), str) for n in names)
 
@@ -107,7 +107,7 @@ def _download(model: Model) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    suffix = f".{model.variant}.safetensors" if model.variant else ".safetensors"
+    suffix = _suffix(model.variant)
     weights = [f"{part}/*{end}" for part in PARTS for end in (suffix, ".index*.json")]
     try:
         return Path(
@@ -151,7 +151,7 @@ def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
 
 def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The safetensors of a part, shards included. Raises ModelError naming what lies there instead."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
+    suffix = _suffix(variant)
     there = sorted((folder / part).glob("*.safetensors"))
     files = [f for f in there if f.name.endswith(suffix) and (variant or f.name.count(".") == 1)]
     if not files:
@@ -163,6 +163,10 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
             f"{_variant_hint(there, variant)}"
         )
     return files
+
+
+def _suffix(variant: str | None) -> str:
+    return f".{variant}.safetensors" if variant else ".safetensors"
 
 
 def _variant_hint(there: list[Path], variant: str | None) -> str:

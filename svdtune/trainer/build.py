@@ -50,7 +50,7 @@ class Session:
     schedule: LRScheduler
     ema: EMAModel | None
     conventions: dict[str, Any]
-    """What a sampler must share with this training; goes into every manifest."""
+    """What a sampler must share with this training; goes into every manifest. Empty on other ranks than the main one."""
 
     @property
     def clips_per_step(self) -> int:
@@ -113,7 +113,8 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         optimizer=wrapped,
         schedule=make_schedule(config.train, optimizer),
         ema=ema,
-        conventions=conventions(config, model),
+        # Hashing the base reads gigabytes, and only the main process writes manifests.
+        conventions=conventions(config, model) if accelerator.is_main_process else {},
     )
 
 

@@ -73,13 +73,12 @@ class Validator:
         with inference(session), torch.no_grad():
             for clip in self.clips[accelerator.process_index :: accelerator.num_processes]:
                 axes, batch = clip.axes(parts.facts), move(clip, device)
-                draws = [
-                    move(fixed_draws(clip.sample.tolist(), sigma, axes, seed=session.config.run.seed,
-                                     conditioning=session.config.conditioning), device)
-                    for sigma in sigmas
-                ]  # fmt: skip
-                encoded = encode(parts, batch, draws[0])
-                sums += torch.stack([denoise(parts, encoded, batch, draw).loss for draw in draws])
+                seed, conditioning = session.config.run.seed, session.config.conditioning
+                draws = fixed_draws(clip.sample.tolist(), 1.0, axes, seed=seed, conditioning=conditioning)
+                draws = move(draws, device)
+                encoded = encode(parts, batch, draws)
+                at = (replace(draws, sigma=torch.full_like(draws.sigma, sigma)) for sigma in sigmas)
+                sums += torch.stack([denoise(parts, encoded, batch, draw).loss for draw in at])
         summed: Any = accelerator.reduce(sums, reduction="sum")
         losses = (summed / len(self.clips)).tolist()
         by_sigma = {f"held_out_loss/sigma {sigma:g}": loss for sigma, loss in zip(sigmas, losses, strict=True)}

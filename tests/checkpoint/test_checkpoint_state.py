@@ -13,25 +13,26 @@ from accelerate import Accelerator
 from small_training import OPTIMIZERS, Training, inject_lora, tiny_unet, trained
 from torch import nn
 
-from svdtune.checkpoint import state
+from svdtune.checkpoint import files, state
+from svdtune.checkpoint import optimizer as optimizer_state
 from svdtune.checkpoint.store import find_latest, publish
 from svdtune.errors import CheckpointError
 
 
 def save(folder: Path, training: Training) -> None:
     state.save_trained(folder, training.named, lora=False)
-    state.save_optimizer(folder, training.optimizer, training.named)
+    optimizer_state.save_optimizer(folder, training.optimizer, training.named)
     state.save_ema(folder, training.ema, training.named)
     if hasattr(training, "scheduler"):
-        state.save_json(folder / "scheduler.json", training.scheduler.state_dict())
+        files.save_json(folder / "scheduler.json", training.scheduler.state_dict())
 
 
 def load(folder: Path, training: Training) -> None:
     state.load_trained(folder, training.named)
-    state.load_optimizer(folder, training.optimizer, training.named)
+    optimizer_state.load_optimizer(folder, training.optimizer, training.named)
     state.load_ema(folder, training.ema, training.named)
     if hasattr(training, "scheduler"):
-        training.scheduler.load_state_dict(state.load_json(folder / "scheduler.json"))
+        training.scheduler.load_state_dict(files.load_json(folder / "scheduler.json"))
 
 
 def assert_same(one: Training, other: Training) -> None:
@@ -87,9 +88,9 @@ def test_step_stays_what_the_kernel_wants(tmp_path):
     for kind in ("adamw", "fused"):
         training = Training(kind)
         training.run(0, 3)
-        state.save_optimizer(tmp_path, training.optimizer, training.named)
+        optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
         again = Training(kind)
-        state.load_optimizer(tmp_path, again.optimizer, again.named)
+        optimizer_state.load_optimizer(tmp_path, again.optimizer, again.named)
         step = again.optimizer.state[again.named["0.weight"]]["step"]
         assert (step.dtype, step.device.type, step.item()) == (torch.float32, "cpu", 3.0)
 
@@ -97,9 +98,9 @@ def test_step_stays_what_the_kernel_wants(tmp_path):
 def test_kernel_settings_belong_to_the_resuming_machine(tmp_path):
     first = Training("fused")
     first.run(0, 2)
-    state.save_optimizer(tmp_path, first.optimizer, first.named)
+    optimizer_state.save_optimizer(tmp_path, first.optimizer, first.named)
     second = Training("adamw")
-    state.load_optimizer(tmp_path, second.optimizer, second.named)
+    optimizer_state.load_optimizer(tmp_path, second.optimizer, second.named)
     assert not second.optimizer.param_groups[0]["fused"]
     assert second.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
@@ -107,10 +108,10 @@ def test_kernel_settings_belong_to_the_resuming_machine(tmp_path):
 def test_the_order_of_parameters_does_not_matter(tmp_path):
     first = Training()
     first.run(0, 3)
-    state.save_optimizer(tmp_path, first.optimizer, first.named)
+    optimizer_state.save_optimizer(tmp_path, first.optimizer, first.named)
     second = Training()
     backwards = OPTIMIZERS["adamw"](list(reversed(second.named.values())))
-    state.load_optimizer(tmp_path, backwards, second.named)
+    optimizer_state.load_optimizer(tmp_path, backwards, second.named)
     for name, parameter in second.named.items():
         if name != "1.unused":
             assert torch.equal(
@@ -121,15 +122,15 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
 def test_accelerates_wrapper_is_seen_through(tmp_path):
     training = Training()
     training.run(0, 3)
-    state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
     resumed = Training()
     wrapped = Accelerator(cpu=True).prepare(resumed.optimizer)
-    state.load_optimizer(tmp_path, wrapped, resumed.named)
+    optimizer_state.load_optimizer(tmp_path, wrapped, resumed.named)
     key = resumed.named["2.weight"]
     assert torch.equal(
         resumed.optimizer.state[key]["exp_avg"], training.optimizer.state[training.named["2.weight"]]["exp_avg"]
     )
-    state.save_optimizer(tmp_path, wrapped, resumed.named)
+    optimizer_state.save_optimizer(tmp_path, wrapped, resumed.named)
     assert json.loads((tmp_path / "optimizer.json").read_text())["optimizer"] == "AdamW"
 
 
@@ -210,40 +211,40 @@ def test_another_rank_is_explained_and_nothing_is_changed(tmp_path):
 def test_the_optimizer_refuses_another_trainable_set(tmp_path):
     training = Training()
     training.run(0, 1)
-    state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
     other = Training(width=7)
     with pytest.raises(
         CheckpointError, match=r"optimizer\.json: the run was made with .*\n  0\.bias: saved \(6,\), expected \(7,\)"
     ):
-        state.load_optimizer(tmp_path, other.optimizer, other.named)
+        optimizer_state.load_optimizer(tmp_path, other.optimizer, other.named)
     assert not other.optimizer.state
 
 
 def test_the_optimizer_refuses_another_class(tmp_path):
     training = Training()
-    state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
     other = Training("adafactor")
     with pytest.raises(
         CheckpointError, match=r"made with the optimizer AdamW, this config uses Adafactor. Resume needs the same"
     ):
-        state.load_optimizer(tmp_path, other.optimizer, other.named)
+        optimizer_state.load_optimizer(tmp_path, other.optimizer, other.named)
 
 
 def test_the_optimizer_refuses_other_groups(tmp_path):
     training = Training()
-    state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
     first, *rest = training.named.values()
     grouped = torch.optim.AdamW([{"params": [first]}, {"params": rest}])
     with pytest.raises(
         CheckpointError, match=r"had 1 parameter groups of \[7\] parameters, this config has 2 of \[1, 6\]"
     ):
-        state.load_optimizer(tmp_path, grouped, training.named)
+        optimizer_state.load_optimizer(tmp_path, grouped, training.named)
 
 
 def test_a_parameter_without_a_name_is_a_programming_error(tmp_path):
     training = Training()
     with pytest.raises(ValueError, match=r"holds a parameter of shape \(6, 4\) that has no name"):
-        state.save_optimizer(tmp_path, training.optimizer, {})
+        optimizer_state.save_optimizer(tmp_path, training.optimizer, {})
 
 
 def test_another_dtype_is_an_error(tmp_path):
@@ -267,10 +268,10 @@ def test_missing_and_foreign_files_are_named(tmp_path):
 
 def test_what_json_cannot_hold_is_refused(tmp_path):
     with pytest.raises(TypeError):
-        state.save_json(tmp_path / "trainer.json", {"scaler": torch.ones(1)})
+        files.save_json(tmp_path / "trainer.json", {"scaler": torch.ones(1)})
     values = {"step": 3, "scale": 65536.0, "lr": 0.1 + 0.2, "tiny": 5e-324, "growth": None}
-    state.save_json(tmp_path / "trainer.json", values)
-    assert state.load_json(tmp_path / "trainer.json") == values
+    files.save_json(tmp_path / "trainer.json", values)
+    assert files.load_json(tmp_path / "trainer.json") == values
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
