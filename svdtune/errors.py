@@ -1,5 +1,10 @@
 """The errors a person can cause. Each message names what, expected, got, why and the fix; each class fixes the exit code."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 
 class SvdtuneError(Exception):
     """Base of every error whose message is written for the person running svdtune (shown without a traceback)."""
@@ -17,6 +22,11 @@ class ConfigError(SvdtuneError):
     """The YAML or an override is wrong."""
 
     exit_code = 2
+
+    def __init__(self, message: str, patch: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.patch = tuple(patch)
+        """Overrides (`section.key=value`) that would make it right, where that is certain."""
 
 
 class DataError(SvdtuneError):
@@ -41,6 +51,11 @@ class ContractError(SvdtuneError):
     """A tensor that crosses a seam is not what the table in `contracts/svd.py` says."""
 
     exit_code = 3
+
+    def __init__(self, message: str, mismatches: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.mismatches = tuple(mismatches)
+        """The `contracts.Mismatch`es behind the message."""
 
 
 class PreflightError(SvdtuneError):

@@ -53,6 +53,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of `config` with `overrides` (`section.key=value`) on top. Raises ConfigError as `load_config` does."""
+    merged = OmegaConf.structured(Config)
+    for section, options in asdict(config).items():
+        for key, value in options.items():
+            OmegaConf.update(merged, f"{section}.{key}", value, merge=False)
+    entries = [_read_override(override) for override in overrides]
+    for entry in entries:
+        _assign(merged, entry)
+    changed = _build(merged, {entry.key: entry.where for entry in entries}, "override")
+    written = vars(config).get(_INTERPOLATIONS, {})
+    given = {entry.key for entry in entries}
+    vars(changed)[_INTERPOLATIONS] = {key: value for key, value in written.items() if key not in given}
+    return changed
+
+
 def resolved_yaml(config: Config) -> str:
     """Every option of `config` as YAML that loads again; what was written as `${...}` is written so again."""
     options = asdict(config)
@@ -221,7 +237,7 @@ def _build(merged: DictConfig, origins: dict[str, str], path: str) -> Config:
         raise ConfigError(f"{origins.get(key, path)}: {key}: got {error.value!r}, expected {expected}") from None
     except ConfigError as error:
         key = str(error).partition(":")[0]
-        raise ConfigError(f"{origins.get(key, f'{path} (default)')}: {error}") from None
+        raise ConfigError(f"{origins.get(key, f'{path} (default)')}: {error}", error.patch) from None
     assert isinstance(config, Config)
     return config
 

@@ -47,6 +47,10 @@ class Model:
     """Weight file variant (`fp16` reads `*.fp16.safetensors`); null: the plain names. `tiny` has only fp16."""
     revision: str | None = None
     """Commit or tag of the hub repository; null: its main branch."""
+    on_mismatch: Literal["error", "adapt"] = "error"
+    """When the UNet's weights are not exactly those of its config. error: stop. adapt: do the two widenings that change nothing
+    of what the weights compute, and say so: zeros for conv_in's conditioning channels, and an image model's missing temporal
+    layers at identity. Any other difference stays an error."""
 
     def __post_init__(self) -> None:
         _require(bool(self.pretrained), "model.pretrained", self.pretrained, "a hub id, a folder or 'tiny'")
@@ -85,11 +89,13 @@ class Data:
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, ">= 2")
         for key in ("height", "width"):
             size = getattr(self, key)
+            nearest = max(16, round(size / 8) * 8)
             _require(
                 size >= 16 and size % 8 == 0,
                 f"data.{key}",
                 size,
-                f"a multiple of 8 from 16 up (nearest: {max(16, round(size / 8) * 8)}); the VAE would floor it silently",
+                f"a multiple of 8 from 16 up (nearest: {nearest}); the VAE would floor it silently",
+                (f"data.{key}={nearest}",),
             )
         _require(0.001 <= self.fps <= 240, "data.fps", self.fps, "in [0.001, 240]")
         _require(0 <= self.motion_bucket <= 1023, "data.motion_bucket", self.motion_bucket, "in [0, 1023]")
@@ -105,6 +111,9 @@ class Conditioning:
     """Probability of dropping the CLIP token, and independently the conditioning latent, so that guidance works."""
     noise_aug: tuple[float, float] = (-3.0, 0.5)
     """Mean and standard deviation of ln(noise_aug_strength), the noise on the conditioning frame in [-1, 1] pixels."""
+    bridge: Literal["linear"] | None = None
+    """linear: a trained projection for a CLIP tower of another width than the UNet's cross_attention_dim, saved in checkpoints
+    and folded into the exported tower; null: the widths must be equal."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.dropout < 1, "conditioning.dropout", self.dropout, "in [0, 1)")
@@ -203,6 +212,8 @@ class Memory:
 
     checkpointing: Literal["auto", "diffusers", "none"] = "auto"
     """Recompute UNet activations in the backward pass. auto: diffusers' gradient checkpointing on an accelerator, none on a CPU."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention of the UNet. sdpa: torch's own. xformers: needs the package and an NVIDIA GPU."""
     vae_chunk: int = 4
     """Frames the VAE encodes or decodes at once, in float32."""
 
@@ -331,6 +342,6 @@ def _require_finite(name: str, section: Any) -> None:
             _require(isfinite(value), f"{name}.{key}", value, "a finite number")
 
 
-def _require(ok: bool, key: str, value: Any, expected: str) -> None:
+def _require(ok: bool, key: str, value: Any, expected: str, patch: tuple[str, ...] = ()) -> None:
     if not ok:
-        raise ConfigError(f"{key}: got {value!r}, expected {expected}")
+        raise ConfigError(f"{key}: got {value!r}, expected {expected}", patch)

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svdtune.errors import ContractError
@@ -81,7 +82,7 @@ def check(record: Any, axes: Axes) -> list[Mismatch]:
 def require(record: Any, axes: Axes) -> None:
     """Raise ContractError listing every mismatch of `record`; return nothing when it is right."""
     if mismatches := check(record, axes):
-        raise ContractError("\n".join(map(str, mismatches)))
+        raise ContractError("\n".join(map(str, mismatches)), mismatches)
 
 
 def _move_one(value: Tensor, device: Any) -> Tensor:
@@ -94,23 +95,47 @@ def _check_one(where: str, value: Tensor, spec: TensorSpec, axes: Axes) -> Misma
     expected = spec.shape(axes)
     got = tuple(value.shape)
     if got != expected:
-        return Mismatch(where, f"({spec.axes}) = {expected}", str(got), spec.meaning, _repair(got, expected))
+        return Mismatch(where, f"({spec.axes}) = {expected}", str(got), spec.meaning, _repair(got, expected, spec, axes))
     dtype = str(value.dtype).removeprefix("torch.")
     if spec.dtype not in (dtype, "float") or (spec.dtype == "float" and not value.dtype.is_floating_point):
         return Mismatch(where, spec.dtype, dtype, spec.meaning, "")
     return None
 
 
-def _repair(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The one view operation that would make the shape fit, in words, or nothing."""
+def _repair(got: tuple[int, ...], expected: tuple[int, ...], spec: TensorSpec, axes: Axes) -> str:
+    """The change that would make the shape fit, in words, or nothing."""
     missing = [i for i, size in enumerate(expected) if size == 1 and got == expected[:i] + expected[i + 1 :]]
     if missing:
-        return f"An axis of size 1 is missing: .unsqueeze({missing[0]}) would match."
+        names = spec.axes.split()
+        axis = min(missing, key=lambda i: names[i] != "1")  # at batch 1 the batch axis would match too
+        return f"An axis of size 1 is missing: .unsqueeze({axis}) would match."
     if len(got) == len(expected) and sorted(got) == sorted(expected):
         orders = (p for p in itertools.permutations(range(len(got))) if tuple(got[i] for i in p) == expected)
         return f"Axes are swapped: .permute{next(orders)} would match."
     if len(got) != len(expected):
-        return f"It has {len(got)} axes instead of {len(expected)}."
+        return _other_rank(got, expected)
+    differing = [i for i, size in enumerate(expected) if got[i] != size]
+    return _one_axis(got, expected, differing[0], spec, axes) if len(differing) == 1 else ""
+
+
+def _other_rank(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if prod(got) == prod(expected):
+        return f"It has {len(got)} axes instead of {len(expected)}; .reshape{expected} would match if the order is kept."
+    return f"It has {len(got)} axes instead of {len(expected)}."
+
+
+def _one_axis(got: tuple[int, ...], expected: tuple[int, ...], i: int, spec: TensorSpec, axes: Axes) -> str:
+    came, wanted = got[i], expected[i]
+    if spec.columns and i == len(expected) - 1:
+        return f"Its {wanted} columns are {', '.join(spec.columns)}."
+    if i == 0 and came == axes["b"] * axes["t"]:
+        return "It has one row per frame; one row per clip is wanted: [::t] would match if each was repeated."
+    if came == 2 * wanted:
+        return f"Axis {i} is twice as long, as for guidance or after a repeat: .chunk(2, dim={i})[0] would match."
+    if came and wanted % came == 0:
+        return f"Axis {i} is too short: .repeat_interleave({wanted // came}, dim={i}) would match."
+    if came > wanted:
+        return f"Axis {i} is too long: .narrow({i}, 0, {wanted}) would match."
     return ""
 
 
