@@ -68,6 +68,11 @@ def rank() -> int:
     return _first_int(os.environ, _RANK, 0)
 
 
+def world_size() -> int:
+    """Processes of the whole run, as far as the environment says."""
+    return max(_first_int(os.environ, _WORLD_SIZE, 1), 1)
+
+
 def local_processes() -> int:
     """Processes of the run on this machine, to share its cores between."""
     return _first_int(os.environ, _LOCAL_SIZE, 1)

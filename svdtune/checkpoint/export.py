@@ -2,6 +2,10 @@
 
 StableVideoDiffusionPipeline.from_pretrained(export, torch_dtype=torch.float16)     # full, temporal, spatial
 PeftModel.from_pretrained(base_unet, export)                                        # lora
+
+With conditioning.bridge the trained projection is folded into the CLIP tower's last matrix, so nothing is left of it but the
+width. The pipeline folder holds that tower; beside an adapter it lies in `image_encoder/` and takes the place of the base's:
+CLIPVisionModelWithProjection.from_pretrained(export, subfolder="image_encoder")    # lora with a bridge
 """
 
 from __future__ import annotations
@@ -30,6 +34,10 @@ from svdtune.errors import CheckpointError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_VISUAL = "visual_projection.weight"
+_BRIDGE = "image_bridge.weight"
+"""What `conditioning.bridge` adds to the UNet (svdtune/model/bridge.py), (cross_attention_dim, width of the tower)."""
 
 _CLASSES = {
     "feature_extractor": ["transformers", "CLIPImageProcessor"],
@@ -62,6 +70,8 @@ class Base:
     """Its diffusers folder on this machine."""
     variant: str | None
     """Which weight files of the folder were used: `fp16` reads `*.fp16.safetensors`, None the plain names."""
+    widened: bool = False
+    """Whether `model.on_mismatch: adapt` made the UNet from weights of other names or shapes."""
 
 
 def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, half: bool) -> None:
@@ -98,13 +108,15 @@ def _write_pipeline(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtyp
     from diffusers import __version__
 
     for part, name in _JSON.items():
-        (folder / part).mkdir()
-        _copy_json(base, part, name, folder / part / name)
+        if part != "image_encoder":
+            (folder / part).mkdir()
+            _write_json(folder / part / name, _read_json(base, part, name))
     for part, name in _WEIGHTS.items():
-        tensors = _base_weights(base, part)
-        if part == "unet":
-            _overwrite(tensors, unet, base)
-        save_tensors(folder / part / name, _cast(part, tensors, dtype), {"format": "pt"})
+        if part != "image_encoder":
+            tensors = _base_weights(base, part)
+            tensors = _trained_over(tensors, unet, base) if part == "unet" else tensors
+            save_tensors(folder / part / name, _cast(part, tensors, dtype), {"format": "pt"})
+    _write_image_encoder(folder, base, unet, dtype)
     index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES}
     save_json(folder / "model_index.json", index)
 
@@ -120,20 +132,42 @@ def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype
     tensors = get_peft_model_state_dict(unet, save_embedding_layers=False)
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_tensors(folder / "adapter_model.safetensors", _cast("lora", named, dtype), {"format": "pt"})
+    if _bridge(unet) is not None:
+        _write_image_encoder(folder, base, unet, dtype)
 
 
-def _copy_json(base: Base, part: str, name: str, target: Path) -> None:
+def _write_image_encoder(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
+    """The base's CLIP tower, with the bridge of the UNet folded in where there is one."""
+    part = "image_encoder"
+    content, tensors = _read_json(base, part, _JSON[part]), _base_weights(base, part)
+    # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
+    content.pop("torch_dtype", None)
+    content["dtype"] = "float32"
+    weight = _bridge(unet)
+    if weight is not None:
+        # Neither has a bias, so one matrix does exactly what the two did.
+        tensors[_VISUAL] = (weight.detach().double().cpu() @ tensors[_VISUAL].double()).float()
+        content["projection_dim"] = weight.shape[0]
+    (folder / part).mkdir()
+    _write_json(folder / part / _JSON[part], content)
+    save_tensors(folder / part / _WEIGHTS[part], _cast(part, tensors, dtype), {"format": "pt"})
+
+
+def _bridge(unet: nn.Module) -> Tensor | None:
+    return dict(unet.named_parameters()).get(_BRIDGE)
+
+
+def _read_json(base: Base, part: str, name: str) -> dict[str, Any]:
     source = base.folder / part / name
     if not source.is_file():
         raise ModelError(
             f"{source}: expected the {part} settings of the base, got none, so the exported pipeline would not open. "
             "Restore the file from the model's release and run the same command again."
         )
-    content = json.loads(source.read_text(encoding="utf-8"))
-    if part == "image_encoder":
-        # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
-        content.pop("torch_dtype", None)
-        content["dtype"] = "float32"
+    return json.loads(source.read_text(encoding="utf-8"))
+
+
+def _write_json(target: Path, content: Mapping[str, Any]) -> None:
     target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -150,14 +184,19 @@ def _base_weights(base: Base, part: str) -> dict[str, Tensor]:
     return {name: tensor for path in paths for name, tensor in load_tensors(path).items()}
 
 
-def _overwrite(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> None:
-    """Put the trained parameters in the place of the base's."""
-    trained = {name: p.detach() for name, p in unet.named_parameters() if p.requires_grad}
+def _trained_over(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> dict[str, Tensor]:
+    """The base's tensors with the trained parameters in their places."""
+    parameters = {name: p for name, p in unet.named_parameters() if name != _BRIDGE}
+    trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
     if not trained:
         raise ValueError("export: no parameter of the unet requires grad, so nothing was trained")
+    if base.widened:
+        frozen = {name: p.detach() for name, p in parameters.items() if not p.requires_grad}
+        kept = {name: tensor for name, tensor in tensors.items() if shapes_of(frozen).get(name) == tuple(tensor.shape)}
+        tensors = {**trained, **frozen, **kept}
     in_base = {name: shape for name, shape in shapes_of(tensors).items() if name in trained}
     require_same(base.folder / "unet", in_base, shapes_of(trained))
-    tensors.update(trained)
+    return {**tensors, **trained}
 
 
 def _cast(part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from svdtune.config.schema import Adapt
 from svdtune.errors import ConfigError
+from svdtune.model import bridge
 
 # SVD's image context is one token, so the softmax over it is constant 1: these never get a gradient, and norm2 feeds only them.
 DEAD = re.compile(r"transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)(\.|$)")
@@ -25,6 +26,7 @@ LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "att
 def adapt(unet: nn.Module, config: Adapt, *, dtype: torch.dtype, seed: int) -> dict[str, nn.Parameter]:
     """Make the UNet trainable as `adapt.method` says; returns the trained parameters by name.
 
+    A bridge (`conditioning.bridge`) is trained with every method.
     Injects LoRA adapters in place (their initial values depend on `seed` alone; the adapted UNet starts equal to the
     base). Casts frozen parameters to `dtype` and trained ones to float32. Raises ConfigError when nothing would learn.
     """
@@ -34,10 +36,14 @@ def adapt(unet: nn.Module, config: Adapt, *, dtype: torch.dtype, seed: int) -> d
     else:
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(_learns(name, config.method))
+    matched = any(parameter.requires_grad for parameter in unet.parameters())
+    for name, parameter in unet.named_parameters():
+        # A bridge starts from nothing, so it learns with every method.
+        parameter.requires_grad_(parameter.requires_grad or name == bridge.WEIGHT)
     for parameter in unet.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    if not trained:
+    if not matched:
         raise ConfigError(
             f"adapt.method={config.method} matches no parameter of this UNet, so nothing would be trained."
         )
@@ -49,7 +55,8 @@ def lora_modules(unet: nn.Module, targets: list[str] | None) -> list[str]:
 
     Raises ConfigError naming each target that matches nothing, or only dead layers, with the nearest real ending.
     """
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    kinds = nn.Linear | nn.Conv2d | nn.Conv3d
+    layers = [name for name, module in unet.named_modules() if isinstance(module, kinds) and name != bridge.NAME]
     chosen: set[str] = set()
     for target in LORA_TARGETS if targets is None else targets:
         matched = [name for name in layers if name == target or name.endswith("." + target)]

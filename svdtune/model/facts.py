@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from svdtune.contracts import ModelFacts, UNetInput, specs
-from svdtune.errors import ModelError
+from svdtune.errors import ConfigError, ModelError
 
 PACKAGE = Path(__file__).parent
 TINY = PACKAGE / "tiny"
@@ -34,6 +34,7 @@ CLASSES = {
     "image_encoder": "CLIPVisionModelWithProjection",
     "scheduler": "EulerDiscreteScheduler",
 }
+IMAGE_UNET = "UNet2DConditionModel"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ def read_configs(folder: Path) -> ModelConfigs:
     parts = {name: _read_json(folder, file) for name, file in FILES.items()}
     for name, wanted in CLASSES.items():
         got = parts[name].get("_class_name") or (parts[name].get("architectures") or [wanted])[0]
+        if name == "unet" and got == IMAGE_UNET:
+            raise ModelError(
+                f"{folder / FILES[name]}: class is {got}, expected {wanted}: this is the config of an image model. To train video "
+                "layers on such weights, put the unet/config.json of an SVD release here, with layer sizes equal to the image "
+                "model's (stabilityai/stable-video-diffusion-img2vid fits Stable Diffusion 2.x; for 1.x set cross_attention_dim "
+                "to 768 and num_attention_heads to [8, 8, 8, 8]), keep the image model's weights beside it and set model.on_mismatch=adapt."
+            )
         if got != wanted:
             raise ModelError(
                 f"{folder / FILES[name]}: class is {got}, expected {wanted}. This is not a Stable Video Diffusion model."
@@ -79,35 +87,130 @@ def read_configs(folder: Path) -> ModelConfigs:
     return ModelConfigs(folder, **parts)
 
 
-def model_facts(configs: ModelConfigs) -> ModelFacts:
-    """The numbers that shapes follow from. Raises ModelError when the parts contradict each other."""
-    unet, vae, clip = configs.unet, configs.vae, configs.image_encoder
-    embedded, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
-    columns = specs(UNetInput)["added_time_ids"].columns
-    contradictions = [
-        (embedded != len(columns) * width, f"the UNet's add_embedding takes {embedded} = {embedded / width:g} x {width} "
-         f"numbers, SVD gives it {len(columns)} ids ({', '.join(columns)}) of addition_time_embed_dim {width}"),
-        (clip["projection_dim"] != unet["cross_attention_dim"], f"the image encoder gives embeddings of width "
-         f"{clip['projection_dim']}, the UNet's cross_attention_dim is {unet['cross_attention_dim']}"),
-        (unet["in_channels"] != 2 * vae["latent_channels"], f"the UNet takes {unet['in_channels']} channels, noisy plus "
-         f"conditioning latents have 2 x {vae['latent_channels']}"),
-        (unet["out_channels"] != vae["latent_channels"], f"the UNet gives {unet['out_channels']} channels, the VAE's "
-         f"latents have {vae['latent_channels']}"),
-    ]  # fmt: skip
-    if told := [sentence for wrong, sentence in contradictions if wrong]:
-        raise ModelError(
-            f"{configs.folder}: {'; '.join(told)}. These parts do not belong together; take all from one SVD release."
-        )
-    return ModelFacts(
-        c=vae["in_channels"],
-        z=vae["latent_channels"],
-        f=2 ** (len(vae["block_out_channels"]) - 1),
-        d=clip["projection_dim"],
-        m=len(columns),
-        num_frames=unet["num_frames"],
-        clip_size=clip["image_size"],
-        scaling_factor=vae["scaling_factor"],
+@dataclass(frozen=True)
+class Contradiction:
+    """Two parts of a model that cannot work together."""
+
+    kind: Literal["time_ids", "clip_width", "in_channels", "out_channels"]
+    where: str
+    """File and key of the number that is out of line."""
+    got: str
+    expected: str
+    why: str
+
+
+def contradictions(configs: ModelConfigs, *, bridge: bool = False) -> list[Contradiction]:
+    """What the parts' own files say against each other, worst first; [] for a sound model.
+
+    With `bridge` (conditioning.bridge) the CLIP tower may have another width than the UNet's cross-attention.
+    Raises ModelError when a number that shapes follow from is missing, or is not a number.
+    """
+    unet, clip, z = (
+        _Part(configs, "unet"),
+        _Part(configs, "image_encoder"),
+        _Part(configs, "vae").integer("latent_channels"),
     )
+    embedded, width = unet.integer("projection_class_embeddings_input_dim"), unet.integer("addition_time_embed_dim")
+    columns = specs(UNetInput)["added_time_ids"].columns
+    d_clip, d_unet = clip.integer("projection_dim"), unet.integer("cross_attention_dim")
+    takes, gives = unet.integer("in_channels"), unet.integer("out_channels")
+    checks = [
+        (embedded == len(columns) * width, Contradiction(
+            "time_ids", unet.at("projection_class_embeddings_input_dim"), str(embedded), str(len(columns) * width),
+            f"the UNet's add_embedding takes {embedded} = {embedded / width:g} x {width} "
+            f"numbers, SVD gives it {len(columns)} ids ({', '.join(columns)}) of addition_time_embed_dim {width}")),
+        (d_clip == d_unet or bridge, Contradiction(
+            "clip_width", clip.at("projection_dim"), str(d_clip), str(d_unet),
+            f"the image encoder gives embeddings of width {d_clip}, the UNet's cross_attention_dim is {d_unet}")),
+        (takes == 2 * z, Contradiction(
+            "in_channels", unet.at("in_channels"), str(takes), str(2 * z),
+            f"the UNet takes {takes} channels, noisy plus conditioning latents have 2 x {z}")),
+        (gives == z, Contradiction(
+            "out_channels", unet.at("out_channels"), str(gives), str(z),
+            f"the UNet gives {gives} channels, the VAE's latents have {z}")),
+    ]  # fmt: skip
+    return [wrong for right, wrong in checks if not right]
+
+
+def model_facts(configs: ModelConfigs, *, bridge: bool = False) -> ModelFacts:
+    """The numbers that shapes follow from; `d` is the CLIP tower's width, with or without a bridge.
+
+    Raises ModelError when the parts contradict each other (see `contradictions`) or a number is missing.
+    """
+    if found := contradictions(configs, bridge=bridge):
+        told = "; ".join(wrong.why for wrong in found)
+        raise ModelError(
+            f"{configs.folder}: {told}. These parts do not belong together; take all from one SVD release."
+        )
+    unet, vae, clip = (_Part(configs, part) for part in ("unet", "vae", "image_encoder"))
+    return ModelFacts(
+        c=vae.integer("in_channels"),
+        z=vae.integer("latent_channels"),
+        f=2 ** (vae.length("block_out_channels") - 1),
+        d=clip.integer("projection_dim"),
+        m=len(specs(UNetInput)["added_time_ids"].columns),
+        num_frames=unet.integer("num_frames"),
+        clip_size=clip.integer("image_size"),
+        scaling_factor=vae.number("scaling_factor"),
+    )
+
+
+def require_useful_bridge(configs: ModelConfigs) -> None:
+    """Raise ConfigError when conditioning.bridge is set for a CLIP tower that fits the UNet without one."""
+    clip, unet = (
+        _Part(configs, "image_encoder").integer("projection_dim"),
+        _Part(configs, "unet").integer("cross_attention_dim"),
+    )
+    if clip == unet:
+        raise ConfigError(
+            f"conditioning.bridge: got linear, expected null: the image encoder of {configs.folder} gives embeddings of width "
+            f"{clip} and the UNet's cross_attention_dim is {unet}. They fit as they are, and a new projection between them "
+            "would have to be learned from nothing.",
+            ("conditioning.bridge=null",),
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The JSON of one part; every read says which file and key is wrong."""
+
+    configs: ModelConfigs
+    name: str
+
+    def at(self, key: str) -> str:
+        return f"{self.configs.folder / FILES[self.name]}: {key}"
+
+    def integer(self, key: str) -> int:
+        value = self._value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self._wrong(key, value, "a whole number from 1 up")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._value(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self._wrong(key, value, "a number above 0")
+        return value
+
+    def length(self, key: str) -> int:
+        value = self._value(key)
+        if not isinstance(value, list) or not value:
+            raise self._wrong(key, value, "a list of whole numbers")
+        return len(value)
+
+    def _value(self, key: str) -> Any:
+        part = getattr(self.configs, self.name)
+        if key not in part:
+            raise ModelError(
+                f"{self.at(key)} is missing, and the default of {CLASSES[self.name]} need not be this model's. "
+                "Copy the file from the model's release."
+            )
+        return part[key]
+
+    def _wrong(self, key: str, value: Any, expected: str) -> ModelError:
+        return ModelError(
+            f"{self.at(key)}: got {value!r}, expected {expected}. Copy the file from the model's release."
+        )
 
 
 def _read_json(folder: Path, file: str) -> dict[str, Any]:
@@ -118,6 +221,11 @@ def _read_json(folder: Path, file: str) -> dict[str, Any]:
             "built from class defaults that are not SVD's. Copy the whole folder of the release."
         )
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}. Download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(
+            f"{path}: got a JSON {type(content).__name__}, expected an object of settings. Download it again."
+        )
+    return content

@@ -10,13 +10,25 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from svdtune.config.schema import Model
 from svdtune.contracts import ModelFacts
 from svdtune.errors import ModelError
-from svdtune.model.facts import FILES, SHIPPED, ModelConfigs, local_folder, model_facts, read_configs
+from svdtune.model.bridge import add_bridge
+from svdtune.model.facts import (
+    FILES,
+    SHIPPED,
+    ModelConfigs,
+    local_folder,
+    model_facts,
+    read_configs,
+    require_useful_bridge,
+)
+from svdtune.model.widen import Widening, apply_widening, plan_widening
 
 PARTS = ("unet", "vae", "image_encoder")
 # Saved by old transformers, computed by new ones; carries no information.
@@ -32,20 +44,29 @@ class ModelParts:
     image_encoder: CLIPVisionModelWithProjection
     configs: ModelConfigs
     facts: ModelFacts
+    widening: Widening | None = None
+    """What `model.on_mismatch: adapt` did to the UNet's weights."""
 
 
-def load_model(model: Model) -> ModelParts:
-    """All parts of `model.pretrained`. Raises ModelError naming the part, the file and the keys that are wrong."""
+def load_model(model: Model, *, bridge: bool = False, seed: int = 0) -> ModelParts:
+    """All parts of `model.pretrained`. Raises ModelError naming the part, the file and the keys that are wrong.
+
+    With `bridge` (conditioning.bridge) the UNet gets a projection for a CLIP tower of another width; ConfigError when the
+    widths are equal. `seed` (run.seed) is for what no file holds: the bridge, and layers that `model.on_mismatch` adds.
+    """
     folder = model_folder(model)
     configs = read_configs(folder)
-    facts = model_facts(configs)
-    return ModelParts(
-        unet=_load(UNetSpatioTemporalConditionModel, folder, "unet", model.variant),
+    facts = model_facts(configs, bridge=bridge)
+    unet, widening = _load_unet(model, configs, seed)
+    parts = ModelParts(
+        unet=unet,
         vae=_load(AutoencoderKLTemporalDecoder, folder, "vae", model.variant),
         image_encoder=_load(CLIPVisionModelWithProjection, folder, "image_encoder", model.variant),
         configs=configs,
         facts=facts,
+        widening=widening,
     )
+    return _bridged(parts, seed) if bridge else parts
 
 
 def known_configs(model: Model) -> ModelConfigs:
@@ -56,8 +77,8 @@ def known_configs(model: Model) -> ModelConfigs:
     return read_configs(folder)
 
 
-def fake_model(configs: ModelConfigs) -> ModelParts:
-    """The architecture on the meta device: shapes without weights or memory.
+def fake_model(configs: ModelConfigs, *, bridge: bool = False) -> ModelParts:
+    """The architecture on the meta device, with a bridge as in `load_model`: shapes without weights or memory.
 
     `.to("meta")` afterwards: 38 UNet and 14 VAE `mix_factor` parameters ignore the device context.
     """
@@ -67,7 +88,8 @@ def fake_model(configs: ModelConfigs) -> ModelParts:
         image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(configs.image_encoder)))
     networks: list[Any] = [unet, vae, image_encoder]
     unet, vae, image_encoder = (network.to("meta").requires_grad_(False).eval() for network in networks)
-    return ModelParts(unet, vae, image_encoder, configs, model_facts(configs))
+    parts = ModelParts(unet, vae, image_encoder, configs, model_facts(configs, bridge=bridge))
+    return _bridged(parts, seed=0) if bridge else parts
 
 
 def model_folder(model: Model) -> Path:
@@ -131,6 +153,52 @@ def _download(model: Model) -> Path:
             f"{model.revision or 'main'}): {_first_line(error)}. Without a "
             "network, download the folder elsewhere and give its path; 'tiny' ships with svdtune and needs no download."
         ) from error
+
+
+def _bridged(parts: ModelParts, seed: int) -> ModelParts:
+    require_useful_bridge(parts.configs)
+    add_bridge(parts.unet, parts.facts.d, parts.configs.unet["cross_attention_dim"], seed=seed)
+    return parts
+
+
+def _load_unet(model: Model, configs: ModelConfigs, seed: int) -> tuple[Any, Widening | None]:
+    """The UNet from its files, widened where they need it and `model.on_mismatch` allows it."""
+    if model.on_mismatch == "error":
+        try:
+            return _load(UNetSpatioTemporalConditionModel, configs.folder, "unet", model.variant), None
+        except ModelError as error:
+            if _plan(configs, model.variant) is None:
+                raise
+            raise ModelError(f"{error} {_CAN_WIDEN}") from error
+    widening = _plan(configs, model.variant)
+    if widening is None:
+        return _load(UNetSpatioTemporalConditionModel, configs.folder, "unet", model.variant), None
+    paths = _weight_files(configs.folder, "unet", model.variant)
+    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    with torch.device("meta"):
+        unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
+    unet.load_state_dict(apply_widening(widening, tensors, seed=seed), strict=True, assign=True)
+    return unet.requires_grad_(False).eval(), widening
+
+
+_CAN_WIDEN = (
+    "These differences are ones that svdtune can fill in without changing what the weights compute: set model.on_mismatch=adapt, "
+    "and adapt.method=full to train what it adds."
+)
+
+
+def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
+    """From the files' headers; None where nothing needs to be widened, or nothing safe is known."""
+    with torch.device("meta"):
+        unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
+    got: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(configs.folder, "unet", variant):
+        try:
+            with safe_open(path, framework="pt") as file:
+                got |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None  # strict loading says what is wrong with the file
+    return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 
 
 def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:

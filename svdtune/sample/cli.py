@@ -125,7 +125,7 @@ def load_pipeline(
     from svdtune.model.load import load_model, weights_hash
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
-    model = load_model(config.model)
+    model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
     _same_base(
         folder,
         config.model.pretrained,

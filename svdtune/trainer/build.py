@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model, weights_hash
+from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_ema, make_optimizer, make_schedule
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.step import Parts
@@ -88,12 +90,18 @@ def make_accelerator(config: Config) -> Accelerator:
 def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: Catalog) -> Session:
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
-    model = load_model(config.model)
+    model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    if model.widening:
+        require_learning(model.widening, trained, config.adapt.method)
+        if accelerator.is_main_process:
+            print(*model.widening.said, sep="\n", file=sys.stderr)
     if config.memory.checkpointing == "diffusers" or (
         config.memory.checkpointing == "auto" and accelerator.device.type != "cpu"
     ):
         model.unet.enable_gradient_checkpointing()
+    if config.memory.attention == "xformers":
+        _use_xformers(model)
     model.unet.to(accelerator.device).train()  # pyright: ignore[reportArgumentType]
     model.vae.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     model.image_encoder.to(accelerator.device, dtype)  # pyright: ignore[reportCallIssue]
@@ -118,6 +126,17 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
     )
 
 
+def _use_xformers(model: ModelParts) -> None:
+    """Raises ConfigError where the package or a GPU is missing."""
+    try:
+        model.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"memory.attention: xformers cannot be used here ({reason}). Use memory.attention=sdpa."
+        ) from error
+
+
 def clip_pixels(model: ModelParts) -> ClipPixels:
     """How this model's CLIP tower wants its picture, from its own configs."""
     extractor = model.configs.feature_extractor
@@ -135,6 +154,8 @@ def conventions(config: Config, model: ModelParts) -> dict[str, Any]:
             "unet_sha256": weights_hash(model.configs.folder, "unet", config.model.variant),
         },
         "adapt": config.adapt.method,
+        "bridge": config.conditioning.bridge,
+        "widened": list(model.widening.said) if model.widening else [],
         "added_time_ids": ["fps - 1", "motion_bucket_id", "noise_aug_strength"],
         "num_frames": data.num_frames,
         "height": data.height,

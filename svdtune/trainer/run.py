@@ -82,7 +82,7 @@ def _export(session: Session) -> None:
     with inference(session):
         export_run(
             session.folder.export,
-            base=Base(model.pretrained, base, model.variant),
+            base=Base(model.pretrained, base, model.variant, widened=session.model.widening is not None),
             unet=session.model.unet,
             lora=session.config.adapt.method == "lora",
             half=model.variant == "fp16",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from svdtune.config.schema import Model
 from svdtune.errors import ModelError
-from svdtune.model.facts import SHIPPED, local_folder, model_facts, read_configs
+from svdtune.model.facts import SHIPPED, contradictions, local_folder, model_facts, read_configs
 from svdtune.model.load import fake_model, load_model, weights_hash
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -200,3 +200,53 @@ def test_download_asks_for_what_is_needed_and_no_other_variant(monkeypatch, svd_
     with pytest.raises(ModelError, match=r"no \*\.fp16\.safetensors"):
         load_model(Model(pretrained="someone/svd", variant="fp16"))
     assert sorted(asked) == sorted(f for f in released if f == "model_index.json" or ".fp16." in f)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("unet", "projection_class_embeddings_input_dim"), ("unet", "addition_time_embed_dim"), ("unet", "cross_attention_dim"),
+        ("unet", "in_channels"), ("unet", "out_channels"), ("unet", "num_frames"), ("image_encoder", "projection_dim"),
+        ("image_encoder", "image_size"), ("vae", "latent_channels"), ("vae", "in_channels"), ("vae", "scaling_factor"),
+        ("vae", "block_out_channels"),
+    ],
+)  # fmt: skip
+def test_a_missing_or_wrong_number_names_file_and_key(folder, part, key):
+    path = folder / part / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
+    with pytest.raises(
+        ModelError, match=rf"{part}/config\.json: {key} is missing, and the default of .* need not be this"
+    ):
+        model_facts(read_configs(folder))
+    for wrong in ("24", None, 0, True, {}):
+        path.write_text(json.dumps({**content, key: wrong}))
+        with pytest.raises(ModelError, match=rf"{part}/config\.json: {key}: got .*, expected (a|an) "):
+            model_facts(read_configs(folder))
+    path.write_text(json.dumps({**content, key: [320, 640] if key != "block_out_channels" else 320}))
+    with pytest.raises(ModelError, match=rf"{part}/config\.json: {key}: got (\[320, 640\]|320), expected (a|an) "):
+        model_facts(read_configs(folder))
+
+
+def test_json_that_is_no_object_names_the_file(folder):
+    (folder / "vae/config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"vae/config\.json: got a JSON list, expected an object"):
+        load(folder)
+
+
+def test_contradictions_are_data_and_a_bridge_takes_one_away(folder):
+    edit(folder / "image_encoder/config.json", projection_dim=20)
+    edit(folder / "unet/config.json", in_channels=4)
+    configs = read_configs(folder)
+    found = contradictions(configs)
+    assert [(c.kind, c.got, c.expected) for c in found] == [("clip_width", "20", "24"), ("in_channels", "4", "8")]
+    assert found[0].where == f"{folder / 'image_encoder/config.json'}: projection_dim"
+    assert [c.kind for c in contradictions(configs, bridge=True)] == ["in_channels"]
+    edit(folder / "unet/config.json", in_channels=8)
+    assert contradictions(read_configs(folder), bridge=True) == []
+    assert model_facts(read_configs(folder), bridge=True).d == 20
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_shipped_architectures_contradict_nothing(name):
+    assert contradictions(read_configs(SHIPPED[name])) == []

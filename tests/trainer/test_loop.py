@@ -192,6 +192,7 @@ def test_adafactor_trains(session):
     [
         ("train.precision=fp16", r"train\.precision: fp16 needs an NVIDIA GPU .* Use bf16 or no"),
         ("train.optimizer=adamw8bit", r"train\.optimizer: adamw8bit needs an NVIDIA GPU, this process runs on cpu"),
+        ("memory.attention=xformers", r"memory\.attention: xformers cannot be used here .* Use memory\.attention=sdpa"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU cannot do")
