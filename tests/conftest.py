@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="svdtune-tests-")
+os.environ["SVDTUNE_CACHE"] = _CACHE.name  # of this session alone
 
 
 @pytest.fixture(scope="session")

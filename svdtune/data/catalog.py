@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdtune.config.schema import Data
+from svdtune.data.cache import identity, load_indexes, save_indexes
 from svdtune.data.children import map_files
 from svdtune.data.clips import latest_start
 from svdtune.data.index import VideoIndex, index_video
@@ -77,7 +78,7 @@ def scan(data: Data) -> Catalog:
     """
     root = _expanded(data.root)
     usable, rejected = [], []
-    for path, index in zip(paths := find_videos(root), _index_all(paths), strict=True):
+    for path, index in zip(paths := find_videos(root), index_files(root, paths), strict=True):
         try:
             usable.append(_checked(index, data))
         except DataError as error:
@@ -88,6 +89,27 @@ def scan(data: Data) -> Catalog:
         raise DataError(f"data.root: none of the {len(paths)} file(s) in {root} can be used:\n{_summary(rejected)}")
     train, held_out = split([clip_name(index, data) for index in usable], data.holdout)
     return Catalog(tuple(usable[i] for i in train), tuple(usable[i] for i in held_out), tuple(rejected))
+
+
+def index_files(
+    root: Path | str, paths: Sequence[Path], chosen: Sequence[Path] | None = None
+) -> list[VideoIndex | DataError]:
+    """The index of each of `chosen`, or why it has none; those read before and unchanged since come from the cache.
+
+    `paths` are all files under `root`, `chosen` those wanted now (None: all). What failed is tried again each time.
+    """
+    root, chosen = _expanded(root), paths if chosen is None else chosen
+    found: dict[Path, VideoIndex | DataError] = dict(load_indexes(root, chosen))
+    missing = [path for path in chosen if path not in found]
+    before = {path: identity(path) for path in missing}
+    read = dict(zip(missing, _index_all(missing), strict=True))
+    fresh = {
+        path: (file, index) for path, index in read.items() if isinstance(index, VideoIndex) and (file := before[path])
+    }
+    if fresh:
+        save_indexes(root, paths, fresh)
+    found |= read
+    return [found[path] for path in chosen]
 
 
 def clip_name(index: VideoIndex, data: Data) -> str:
