@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,12 +41,38 @@ _PREFLIGHT_EXAMPLES = """\b
 Examples:
   svdtune preflight configs/svd_xt_lora.yaml
   svdtune preflight configs/svd_xt_lora.yaml data.num_frames=14 --json
+  svdtune preflight my.yaml --fix repaired.yaml        write the changes that were proved to help
+  svdtune preflight my.yaml --gpu 24GiB                a laptop asks for a rented card
+  svdtune preflight my.yaml --all                      every clip, not a sample
+  svdtune preflight --only env                         versions and devices, for a bug report
+"""
+
+_TRACE_EXAMPLES = """\b
+Examples:
+  svdtune trace model.py:Net --input 2,1,28,28
+  svdtune trace model.py:Net --input 2,1,28,28 --like 2,10 --json
+  svdtune trace model.py:Tagger --input int64:2,16 --args '{"hidden": 32}'
+"""
+
+_EXPLAIN_EXAMPLES = """\b
+Examples:
+  svdtune explain train.log
+  svdtune train cfg.yaml 2>&1 | svdtune explain - --config cfg.yaml
+  svdtune explain "mat1 and mat2 shapes cannot be multiplied (4x256 and 768x1280)"
+  svdtune explain SHP402
 """
 
 _SAMPLE_EXAMPLES = """\b
 Examples:
   svdtune sample runs/tiny first_frame.png
   svdtune sample runs/tiny first_frame.png --out video.mp4 --seed 3 --motion-bucket 200
+"""
+
+_INSPECT_EXAMPLES = """\b
+Examples:
+  svdtune inspect svd_xt.safetensors
+  svdtune inspect unet/ --against svd-xt
+  svdtune inspect my-svd-folder --against svd-xt --json
 """
 
 _DEMO_EXAMPLES = """\b
@@ -115,22 +143,79 @@ def train(
         return
     from svdtune.trainer.run import train as run_training
 
-    run_training(loaded, config_text=config.read_text(encoding="utf-8"))
+    with _explained(loaded):
+        run_training(loaded, config_text=config.read_text(encoding="utf-8"))
 
 
 @app.command(epilog=_PREFLIGHT_EXAMPLES)
 def preflight(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="YAML of the run.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
+    only: Annotated[
+        Literal["env", "config", "checkpoint", "data", "shapes", "memory"] | None,
+        typer.Option(help="One stage; `env` needs no CONFIG and is the report to paste into an issue."),
+    ] = None,
+    exhaustive: Annotated[bool, typer.Option("--all", help="Look at every clip, not at a sample.")] = False,
+    gpu: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU that the run is for.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(metavar="OUT.yaml", help="Write CONFIG with the verified changes, comments kept.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Everything that can go wrong, before it does. Exit code 3 when something would."""
-    from svdtune.guards.preflight import run_preflight
+    from svdtune.guards.cli import preflight_verb
 
-    report = run_preflight(load_config(config, overrides or ()))
+    code = preflight_verb(config, overrides or (), only=only, exhaustive=exhaustive, gpu=gpu, fix=fix, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command(epilog=_TRACE_EXAMPLES)
+def trace(
+    target: Annotated[
+        str, typer.Argument(metavar="FILE.py:NAME", help="A module, its class or a function that makes one.")
+    ],
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="[DTYPE:]SIZE,SIZE,... of each input.")] = None,
+    like: Annotated[str | None, typer.Option(help="SIZE,SIZE,... that the output should have.")] = None,
+    arguments: Annotated[str, typer.Option("--args", help="JSON object: arguments of NAME.")] = "{}",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Any torch module layer by layer, where it fails, and what mends it. Exit code 3 when something is wrong."""
+    from svdtune.guards.trace import trace_file
+
+    report = trace_file(target, inputs or (), like, arguments)
     print(json.dumps(report.as_json(), indent=2) if as_json else report.render())
     if not report.ok:
         raise typer.Exit(PreflightError.exit_code)
+
+
+@app.command(epilog=_INSPECT_EXAMPLES)
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", show_default=False)],
+    against: Annotated[str | None, typer.Option(help="svd-xt, svd, or a folder to compare with.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a checkpoint is, from headers alone. Exit code 3 when it cannot be used or differs from --against."""
+    from svdtune.guards.inspecting import inspect_path, render_inspection
+
+    found = inspect_path(path, against)
+    print(json.dumps(found.as_json(), indent=2) if as_json else render_inspection(found))
+    if not found.ok:
+        raise typer.Exit(PreflightError.exit_code)
+
+
+@app.command(epilog=_EXPLAIN_EXAMPLES)
+def explain(
+    target: Annotated[str, typer.Argument(metavar="[FILE|-|CODE|MESSAGE]", help="An error text, or a rule's code.")] = "-",
+    config: Annotated[Path | None, typer.Option(help="YAML of the run, for its model's own numbers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; no findings when unknown.")] = False,
+) -> None:
+    """The cause of an error, from a traceback, a log or a bare message."""
+    from svdtune.guards.explain.verb import explain_verb
+
+    print(explain_verb(target, config, json_out=as_json))
 
 
 @app.command(epilog=_SAMPLE_EXAMPLES)
@@ -236,12 +321,25 @@ def main() -> None:
 
 
 def _require_preflight(config: Config) -> None:
-    from svdtune.guards.preflight import run_preflight
+    from svdtune.guards.cli import require_preflight
 
-    report = run_preflight(config)
-    if not report.ok:
-        raise PreflightError(report.render())
-    print(report.render())
+    require_preflight(config)
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    """What nobody foresaw gets the explainer's word before the traceback."""
+    try:
+        yield
+    except SvdtuneError:
+        raise
+    except Exception as error:
+        from svdtune.guards.explain.report import explain_exception
+
+        if told := explain_exception(error, config):
+            _clear_progress_line()
+            print(f"{told}\n", file=sys.stderr)
+        raise
 
 
 def _print_interrupted() -> None:

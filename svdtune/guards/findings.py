@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that would make the run crash (error) or deserves a look (warning)."""
+    """One thing that would make the run crash or train wrongly (error), or deserves a look (warning)."""
 
     code: str
+    """A rule of `guards/catalog.py`."""
     severity: Literal["error", "warning"]
     where: str
+    """The key, file, module, record field or clip."""
     got: str
     expected: str = ""
     why: str = ""
@@ -41,6 +43,8 @@ class Report:
     findings: Sequence[Finding]
     ignored: Sequence[Finding] = ()
     axes: Mapping[str, int] = field(default_factory=dict)
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    """What the run will need: see `guards/memory.py`."""
 
     @property
     def ok(self) -> bool:
@@ -55,22 +59,5 @@ class Report:
             "findings": [asdict(finding) for finding in self.findings],
             "ignored": [asdict(finding) for finding in self.ignored],
             "axes": dict(self.axes),
-            "predicted": {},
+            "predicted": dict(self.predicted),
         }
-
-    def render(self) -> str:
-        """The same for a person: a line per stage, a paragraph per finding."""
-        lines = [f"preflight: {_stages(self.stages)}"]
-        lines += [_paragraph(finding) for finding in self.findings]
-        lines += [f"  ignored {finding.code} {finding.where} (preflight.ignore)" for finding in self.ignored]
-        return "\n".join(lines)
-
-
-def _stages(stages: Sequence[Stage]) -> str:
-    return ", ".join(f"{stage.name} {stage.status} ({stage.seconds:.1f} s)" for stage in stages)
-
-
-def _paragraph(finding: Finding) -> str:
-    expected = f", expected {finding.expected}" if finding.expected else ""
-    rest = [line for line in (finding.why, f"Fix: {finding.fix}" if finding.fix else "") if line]
-    return "\n      ".join([f"  {finding.severity} {finding.code} {finding.where}: {finding.got}{expected}", *rest])

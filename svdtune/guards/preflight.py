@@ -1,114 +1,182 @@
-"""Prove the run before it starts: read the clips' and the model's headers, then run the real `train_step` on shapes alone."""
+"""Prove the run before it starts: six stages, all findings collected, each offered change proved by running again with it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from svdtune.config.load import with_overrides
 from svdtune.config.schema import Config
-from svdtune.errors import SvdtuneError
+from svdtune.errors import ConfigError, SvdtuneError
 from svdtune.guards.findings import Finding, Report, Stage
 
-
-def run_preflight(config: Config) -> Report:
-    """Every stage, all findings collected; a stage that cannot start because of an earlier one is marked skipped."""
-    stages: list[Stage] = []
-    findings: list[Finding] = []
-    for name, check in (("data", check_data), ("model", check_model), ("shapes", check_shapes)):
-        started = time.perf_counter()
-        blocked = name == "shapes" and any(f.code.startswith("CKP") and f.severity == "error" for f in findings)
-        found = [] if blocked else check(config)
-        failed = any(finding.severity == "error" for finding in found)
-        status = "skipped" if blocked else "failed" if failed else "ok"
-        stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
-        findings += found
-    ignored = [finding for finding in findings if finding.code in config.preflight.ignore]
-    kept = [finding for finding in findings if finding.code not in config.preflight.ignore]
-    return Report(stages, kept, ignored, _axes(config))
+STAGES = ("env", "config", "checkpoint", "data", "shapes", "memory")
 
 
-def check_data(config: Config) -> list[Finding]:
-    """DAT301: no usable clips. DAT302: clips that would be left out."""
-    from svdtune.data.catalog import scan
+@dataclass(frozen=True)
+class Options:
+    """How preflight looks."""
 
-    def look() -> list[Finding]:
-        rejected = scan(config.data).rejected
-        why = "data.on_bad_clip=skip leaves such files out of training."
-        return [Finding("DAT302", "warning", str(bad.path), bad.reason, why=why) for bad in rejected]
-
-    return _as_finding("DAT301", config.data.root, look) + check_images(config)
-
-
-def check_images(config: Config) -> list[Finding]:
-    """DAT303: a file of validation.images cannot be opened."""
-    from svdtune.sample.video import read_image
-
-    def look(image: str) -> list[Finding]:
-        read_image(image, height=config.data.height, width=config.data.width, resize=config.data.resize)
-        return []
-
-    tried = (_as_finding("DAT303", "validation.images", partial(look, image)) for image in config.validation.images)
-    return [finding for found in tried for finding in found]
+    only: str | None = None
+    """One stage of `STAGES`; None: all."""
+    exhaustive: bool = False
+    """Look at every clip, not at a sample."""
+    device_bytes: int | None = None
+    """Memory of the GPU that the run is for; None: the one of this machine, if it has one."""
+    on_stage: Callable[[Stage], None] | None = None
+    """Told each stage as it ends."""
 
 
-def check_model(config: Config) -> list[Finding]:
-    """CKP201: model folder or weights cannot be used. CKP202: another number of frames than the base was trained with.
+def run_preflight(config: Config | None, options: Options = Options()) -> Report:
+    """All stages; a stage that cannot start because of an earlier one is marked skipped.
 
-    CKP203: the weights are still to be downloaded.
+    `config` may be None for the stage `env` alone. Patches of findings are applied together, everything is run again,
+    and a patch that does not make its finding go away is dropped.
     """
-    from svdtune.model.facts import SHIPPED, model_facts
-    from svdtune.model.load import is_local, known_configs, require_weights
+    report = _run(config, options)
+    if config is None or not any(finding.patch for finding in report.findings):
+        return report
+    return replace(report, findings=_verified(config, options, report.findings))
 
-    def look() -> list[Finding]:
-        configs = known_configs(config.model)
-        facts = model_facts(configs)
-        require_weights(config.model)
-        if config.model.pretrained in SHIPPED and not is_local(config.model):
-            return [Finding("CKP203", "warning", "model.pretrained", "the weights are not on this machine yet",
-                            why="Training begins with their download (gigabytes), and they are not checked here.")]  # fmt: skip
-        if facts.num_frames == config.data.num_frames:
-            return []
+
+def unreadable(error: ConfigError, repaired: Config | None, options: Options = Options()) -> Report:
+    """The report for a configuration that could not be loaded; `repaired` is it with `error.patch` applied, where that loads."""
+    fix = f"set {' '.join(error.patch)}" if error.patch else ""
+    finding = Finding(
+        "CFG101", "error", "configuration", str(error), fix=fix, patch=error.patch, verified=repaired is not None
+    )
+    failed = Stage("load", 0.0, "failed")
+    if repaired is None:
+        return Report([failed], [replace(finding, patch=())])
+    rest = run_preflight(repaired, options)
+    return replace(rest, stages=[failed, *rest.stages], findings=[finding, *rest.findings])
+
+
+def _run(config: Config | None, options: Options) -> Report:
+    run = _Run(config, options)
+    stages: list[Stage] = []
+    for name in STAGES if options.only is None else (options.only,):
+        started = time.perf_counter()
+        found = run.check(name)
+        failed = found is not None and any(finding.severity == "error" for finding in found)
+        status = "skipped" if found is None else "failed" if failed else "ok"
+        stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
+        if options.on_stage:
+            options.on_stage(stages[-1])
+        run.findings += found or []
+    ignore = config.preflight.ignore if config else []
+    ignored = [finding for finding in run.findings if finding.code in ignore]
+    kept = [finding for finding in run.findings if finding.code not in ignore]
+    return Report(stages, kept, ignored, _axes(config), run.predicted)
+
+
+class _Run:
+    """What the stages of one pass hand to each other."""
+
+    def __init__(self, config: Config | None, options: Options) -> None:
+        self.config, self.options = config, options
+        self.findings: list[Finding] = []
+        self.predicted: dict[str, Any] = {}
+        self._needed: Any = None
+
+    def check(self, name: str) -> list[Finding] | None:
+        """Findings of one stage; None when it cannot start."""
+        if name == "env":
+            from svdtune.guards.environment import check_environment
+
+            return check_environment(self.config)
+        if self.config is None:
+            raise ValueError(f"stage {name} needs a configuration")
+        return getattr(self, f"_{name}")(self.config)
+
+    def _config(self, config: Config) -> list[Finding]:
+        from svdtune.guards.settings import check_settings
+
+        return check_settings(config)
+
+    def _checkpoint(self, config: Config) -> list[Finding]:
+        from svdtune.guards.weights import check_weights
+
+        return check_weights(config)
+
+    def _data(self, config: Config) -> list[Finding]:
+        from svdtune.guards.clips import check_clips
+
+        return check_clips(config, exhaustive=self.options.exhaustive)
+
+    def _shapes(self, config: Config) -> list[Finding] | None:
+        from svdtune.guards.table import check_table
+
+        found = check_table(config)
+        if found is None or any(finding.code == "CFG105" for finding in self.findings):
+            return None  # an earlier stage says what is wrong with the model's configs or the targets
+        if any(finding.severity == "error" for finding in found):
+            return found
+        from svdtune.guards.shapes import rehearse
+
+        rehearsal = rehearse(config)
+        self._needed = rehearsal.needed
+        return [*found, *rehearsal.findings]
+
+    def _memory(self, config: Config) -> list[Finding] | None:
+        if self.options.only:
+            self._shapes(config)
+        if self._needed is None:
+            return None
+        from svdtune.guards.environment import check_disk
+        from svdtune.guards.memory import check_memory
+
+        self.predicted = self._needed.as_json()
         return [
-            Finding(
-                "CKP202", "warning", "data.num_frames", str(config.data.num_frames), f"{facts.num_frames}, as the base",
-                "The UNet runs with any number of frames, but its temporal layers have seen only this one.",
-                f"data.num_frames={facts.num_frames}", (f"data.num_frames={facts.num_frames}",),
-            )
-        ]  # fmt: skip
-
-    return _as_finding("CKP201", config.model.pretrained, look)
+            *check_memory(config, self._needed, self.options.device_bytes),
+            *check_disk(config, self._needed.trained_parameters),
+        ]
 
 
-def check_shapes(config: Config) -> list[Finding]:
-    """SHP401: `train_step`, forward or backward, fails at the sizes of the configuration."""
-    from svdtune.guards.shapes import fake_step
+def _verified(config: Config, options: Options, findings: Sequence[Finding]) -> list[Finding]:
+    """Each patch marked verified, or dropped: first all together, then one by one if they spoil each other."""
+    options = replace(options, on_stage=None)
+    patches = [finding.patch for finding in findings if finding.patch]
+    before = {_identity(finding) for finding in findings}
+    together = _errors_with(config, options, _merged(patches))
+    spoiled = together is None or together - before
+    done = []
+    for finding in findings:
+        if finding.patch:
+            left = _errors_with(config, options, finding.patch) if spoiled and len(patches) > 1 else together
+            holds = left is not None and _identity(finding) not in left and not left - before
+            finding = replace(finding, verified=True) if holds else replace(finding, patch=())
+        done.append(finding)
+    return done
 
-    def look() -> list[Finding]:
-        fake_step(config)
-        return []
 
-    return _as_finding("SHP401", "train_step", look)
-
-
-def _as_finding(code: str, where: str, look: Callable[[], list[Finding]]) -> list[Finding]:
+def _errors_with(config: Config, options: Options, patch: Sequence[str]) -> set[tuple[str, str]] | None:
+    """Findings that remain with `patch` applied; None when the configuration is refused."""
     try:
-        return look()
-    except SvdtuneError as error:
-        return [Finding(code, "error", where, str(error))]
-    except (RuntimeError, ValueError, TypeError) as error:
-        if code != "SHP401":
-            raise
-        return [Finding(code, "error", where, f"{type(error).__name__}: {error}")]
-
-
-def _axes(config: Config) -> dict[str, int]:
-    from svdtune.model.facts import model_facts
-    from svdtune.model.load import known_configs
-
-    try:
-        facts = model_facts(known_configs(config.model))
+        return {_identity(finding) for finding in _run(with_overrides(config, patch), options).findings}
     except SvdtuneError:
+        return None
+
+
+def _merged(patches: Sequence[Sequence[str]]) -> list[str]:
+    """One value for each key: the first finding that asks for it decides."""
+    first: dict[str, str] = {}
+    for override in (override for patch in patches for override in patch):
+        first.setdefault(override.partition("=")[0], override)
+    return list(first.values())
+
+
+def _identity(finding: Finding) -> tuple[str, str]:
+    return finding.code, finding.where
+
+
+def _axes(config: Config | None) -> dict[str, int]:
+    from svdtune.guards.table import facts_of
+
+    facts = facts_of(config) if config else None
+    if config is None or facts is None:
         return {}
     data = config.data
     return facts.axes(b=config.train.batch_size, t=data.num_frames, h=data.height, w=data.width)

@@ -1,13 +1,26 @@
-"""The real `train_step`, forward and backward, at the user's sizes, on fake tensors: no weights, no GPU, seconds."""
+"""The real `train_step`, forward and backward, on fake tensors: no weights, no GPU, seconds.
+
+It runs twice: at the user's sizes, and at sizes that are all different, where swapped axes cannot hide.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from svdtune.config.schema import Config
-from svdtune.contracts import Axes, Draws, VideoBatch, specs
+from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
+from svdtune.errors import SvdtuneError
+from svdtune.guards.findings import Finding
+from svdtune.guards.memory import Estimate, LiveStorages, estimate
+from svdtune.guards.settings import check_targets
+from svdtune.guards.told import told
 from svdtune.model.adapt import adapt
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
@@ -16,20 +29,74 @@ from svdtune.trainer.step import Parts, train_step
 
 Record = TypeVar("Record")
 
+_CHUNKS = 8
+_ODD_CHUNK = 7
+"""Frames per VAE chunk in the probe: it divides no batch there, so the last chunk is a short one."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What running the step on shapes showed."""
+
+    findings: Sequence[Finding]
+    needed: Estimate | None = None
+    """None when the step at the user's sizes failed."""
+
+
+def rehearse(config: Config) -> Rehearsal:
+    """Build, adapt and step exactly as training does; whatever it raises becomes a finding."""
+    try:
+        model = _fake(config)
+        if missed := check_targets(config, _layers(model.unet)):
+            return Rehearsal(missed)
+        with stage(config, model) as built:
+            return _run_both(config, built)
+    except SvdtuneError as error:
+        return Rehearsal([Finding("SHP401", "error", "model", str(error))])
+
 
 def fake_step(config: Config) -> None:
-    """Build, adapt and step exactly as training does. Raises what training would raise."""
+    """The step at the user's sizes. Raises what training would raise."""
+    with stage(config, _fake(config)) as built:
+        _step(built, user_axes(config, built.parts.facts))
+
+
+@dataclass(frozen=True)
+class Built:
+    """Networks on fake tensors, ready for a step."""
+
+    parts: Parts
+    trained: dict[str, nn.Parameter]
+
+
+@contextmanager
+def stage(config: Config, model: ModelParts) -> Iterator[Built]:
+    """Everything `trainer/build.py` makes that the step needs, from the meta `model` to fake tensors."""
     dtype = DTYPES[config.train.precision]
-    model = fake_model(known_configs(config.model))
-    adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
     model.unet.train()
-    model.unet.enable_gradient_checkpointing()
+    if config.memory.checkpointing != "none":
+        model.unet.enable_gradient_checkpointing()
     model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
+        # The parameters were replaced by fake ones of the same names.
+        trained = {name: parameter for name, parameter in model.unet.named_parameters() if name in trained}
+        yield Built(_parts(model, config, dtype), trained)
+
+
+def user_axes(config: Config, facts: ModelFacts) -> dict[str, int]:
+    """Named sizes of the configuration."""
     data = config.data
-    axes = model.facts.axes(b=config.train.batch_size, t=data.num_frames, h=data.height, w=data.width)
-    with fake_tensors(model.unet, model.vae, model.image_encoder):
-        result = train_step(_parts(model, config, dtype), fake_record(VideoBatch, axes), fake_record(Draws, axes))
-        result.loss.backward()
+    return facts.axes(b=config.train.batch_size, t=data.num_frames, h=data.height, w=data.width)
+
+
+def distinct_axes(facts: ModelFacts) -> dict[str, int]:
+    """Small sizes of which no two are equal, nor equal to a size that the model fixes."""
+    taken = {facts.c, facts.z, 2 * facts.z, facts.d, facts.m, facts.f}
+    free = (size for size in range(2, 64) if size not in taken)
+    b, t = next(free), next(size for size in free if size >= 5)
+    h, w = next(size for size in free if size >= 9), next(size for size in free if size >= 16)
+    return facts.axes(b=b, t=t, h=facts.f * h, w=facts.f * w)
 
 
 def fake_record(record: type[Record], axes: Axes) -> Record:
@@ -41,7 +108,90 @@ def fake_record(record: type[Record], axes: Axes) -> Record:
     return record(**made)
 
 
+def _fake(config: Config) -> ModelParts:
+    return fake_model(known_configs(config.model), bridge=config.conditioning.bridge is not None)
+
+
+def _layers(unet: nn.Module) -> list[str]:
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
+
+
+def _run_both(config: Config, built: Built) -> Rehearsal:
+    findings = _precision(built.trained)
+    facts = built.parts.facts
+    with LiveStorages() as storages:
+        findings += _attempt(built, user_axes(config, facts))
+        if findings:
+            return Rehearsal(findings)
+    findings += _without_gradient(built.trained)
+    networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
+    needed = estimate(config, networks, built.trained.values(), storages.peak)
+    hidden = _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
+    findings += [replace(finding, code="SHP405", why=f"{_HIDDEN} {finding.why}".strip()) for finding in hidden]
+    return Rehearsal(findings, needed)
+
+
+_HIDDEN = "At the sizes of the configuration the step passes: two axes that are equally long there are mixed up."
+
+
+def _attempt(built: Built, axes: Axes) -> list[Finding]:
+    """One step; on failure the same step again, watched, to say where it failed."""
+    try:
+        _step(built, axes)
+    except Exception as error:  # whatever the step raises here it would raise on the GPU
+        return told(error, built.parts, axes, lambda: _step(built, axes, backward=False))
+    return []
+
+
+def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
+    result = train_step(built.parts, fake_record(VideoBatch, axes), fake_record(Draws, axes))
+    if backward:
+        result.loss.backward()
+
+
+def _precision(trained: dict[str, nn.Parameter]) -> list[Finding]:
+    """NUM601: the planned dtypes."""
+    half = [name for name, parameter in trained.items() if parameter.dtype != torch.float32]
+    if not half:
+        return []
+    got = f"{len(half)} of {len(trained)} trained parameters are {str(trained[half[0]].dtype).removeprefix('torch.')}"
+    return [
+        Finding(
+            "NUM601", "error", half[0], got, "float32",
+            "Small updates vanish in half precision, and fp16 gradients cannot be unscaled.",
+            "Cast only frozen parameters to the compute dtype (svdtune/model/adapt.py:adapt does).",
+        )
+    ]  # fmt: skip
+
+
+def _without_gradient(trained: dict[str, nn.Parameter]) -> list[Finding]:
+    """SHP406: a parameter that should learn and has no part in the loss."""
+    lost = [name for name, parameter in trained.items() if parameter.grad is None]
+    if not lost:
+        return []
+    more = ", ..." if len(lost) > 1 else ""
+    return [
+        Finding(
+            "SHP406", "error", "train_step", f"{len(lost)} of {len(trained)} trained parameters get no gradient ({lost[0]}{more})",
+            "a gradient for each", "They would stay as they are for the whole run, and with several GPUs DDP stops with "
+            "\"Expected to have finished reduction in the prior iteration\".",
+            "Look for a detach, a no_grad or a module that is not called on the way from these parameters to the loss.",
+        )
+    ]  # fmt: skip
+
+
 def _parts(model: ModelParts, config: Config, dtype: torch.dtype) -> Parts:
-    # Fake pictures take no memory: few large chunks, or a large batch would encode for minutes.
-    chunk = max(config.memory.vae_chunk, config.train.batch_size * config.data.num_frames // 4)
+    # Fake pictures take no memory: a large batch in small chunks would encode for minutes.
+    chunk = max(config.memory.vae_chunk, config.train.batch_size * config.data.num_frames // _CHUNKS)
     return Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, dtype, chunk)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs each failure of a fake operator as an error of its own; the finding says it better."""
+    with ExitStack() as undo:
+        for name in ("torch._subclasses.fake_tensor", "torch._subclasses.fake_utils", "torch._subclasses"):
+            logger = logging.getLogger(name)
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        yield

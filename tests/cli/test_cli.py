@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,9 @@ VERBS = [
     [],
     ["train"],
     ["preflight"],
+    ["explain"],
+    ["trace"],
+    ["inspect"],
     ["sample"],
     ["data"],
     ["data", "demo"],
@@ -75,7 +80,7 @@ def test_every_svdtune_line_of_the_examples_parses(capsys: pytest.CaptureFixture
     lines = [line.split("   ")[0] for line in map(str.strip, examples.splitlines()) if line.startswith("svdtune ")]
     assert len(lines) >= 10
     for line in lines:
-        words = line.partition(" -- ")[0].partition(" > ")[0].split()[1:]
+        words = shlex.split(re.split(r" -- | > | 2>&1 ", line)[0])[1:]
         code, _, err = here(capsys, *words, "--help")
         assert (code, err) == (0, ""), line
 
@@ -88,7 +93,7 @@ def test_help_needs_no_torch() -> None:
 def test_a_config_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("data:\n  widht: 3\n")
-    for verb in (["train"], ["preflight"], ["config", "show"]):
+    for verb in (["train"], ["config", "show"]):
         done = svdtune(*verb, str(path))
         expected = f"error: {path}:2: unknown key data.widht. Did you mean data.width?\n"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)

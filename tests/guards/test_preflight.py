@@ -1,156 +1,284 @@
-"""Preflight: silent on a sound run, and each kind of trouble is found before the run starts."""
+"""Preflight as a whole: stages, skipped ones, ignored findings, proved changes, what the verbs print and write."""
+
+from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from svdtune import cli
 from svdtune.config.load import load_config
-from svdtune.data.demo import write_demo
+from svdtune.errors import PreflightError
+from svdtune.guards import clips as clips_stage
+from svdtune.guards import settings, shapes
 from svdtune.guards.findings import Finding, Report, Stage
-from svdtune.guards.preflight import check_model, run_preflight
+from svdtune.guards.preflight import STAGES, Options, run_preflight
+from svdtune.guards.render import render
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clips")
-    write_demo(folder, clips=3, motion="down", seed=0)
-    return folder
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def report(clips, *overrides):
-    return run_preflight(load_config(TINY, [f"data.root={clips}", "train.batch_size=1", *overrides]))
+def codes(report):
+    return [(finding.code, finding.severity) for finding in report.findings]
 
 
-def codes(found):
-    return [(finding.code, finding.severity) for finding in found.findings]
+def statuses(report):
+    return {stage.name: stage.status for stage in report.stages}
 
 
-def test_a_sound_run_has_no_findings(clips):
-    found = report(clips)
-    assert codes(found) == []
-    assert found.ok
-    assert [(stage.name, stage.status) for stage in found.stages] == [("data", "ok"), ("model", "ok"), ("shapes", "ok")]
-    assert found.axes == {"b": 1, "t": 8, "h": 64, "w": 96, "c": 3, "z": 4, "f": 8, "d": 64, "m": 3}
+def test_a_sound_run_has_no_findings(tiny):
+    seen = []
+    report = run_preflight(tiny(), Options(on_stage=seen.append))
+    assert codes(report) == []
+    assert report.ok
+    assert statuses(report) == dict.fromkeys(STAGES, "ok")
+    assert seen == report.stages
+    assert report.axes == {"b": 1, "t": 8, "h": 64, "w": 96, "c": 3, "z": 4, "f": 8, "d": 64, "m": 3}
+    assert report.predicted["trained_parameters"] > 10**6
 
 
-def test_no_clips_is_an_error_and_the_other_stages_still_run(tmp_path):
-    found = report(tmp_path)
-    assert codes(found) == [("DAT301", "error")]
-    assert "no videos in" in found.findings[0].got
-    assert [stage.status for stage in found.stages] == ["failed", "ok", "ok"]
-    assert not found.ok
+def test_all_findings_are_collected(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    report = run_preflight(tiny(f"data.root={tmp_path / 'empty'}", "data.num_frames=5", "validation.images=[gone.png]"))
+    assert {("DAT301", "error"), ("DAT303", "error"), ("CFG104", "warning")} <= set(codes(report))
+    assert statuses(report)["shapes"] == "ok"
+    assert not report.ok
 
 
-def test_a_clip_that_would_be_left_out_is_a_warning(clips, tmp_path):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    (folder / "good.mp4").symlink_to(clips / "demo-0000.mp4")
-    (folder / "text.mp4").write_text("not a video")
-    found = report(folder)
-    assert codes(found) == [("DAT302", "warning")]
-    assert found.findings[0].where.endswith("text.mp4")
-    assert found.ok
+def test_a_missing_model_skips_what_needs_its_configs(tiny, tmp_path):
+    report = run_preflight(tiny(f"model.pretrained={tmp_path / 'gone'}"))
+    assert ("CKP201", "error") in codes(report)
+    assert [statuses(report)[name] for name in ("checkpoint", "shapes", "memory")] == ["failed", "skipped", "skipped"]
+    assert report.axes == {}
 
 
-def test_a_missing_model_skips_the_shapes(clips, tmp_path):
-    found = report(clips, f"model.pretrained={tmp_path / 'gone'}")
-    assert codes(found) == [("CKP201", "error")]
-    assert [stage.status for stage in found.stages] == ["ok", "failed", "skipped"]
+def test_ignored_findings_are_shown_and_do_not_count(tiny):
+    report = run_preflight(tiny("data.num_frames=5", "preflight.ignore=[CFG104]"))
+    assert codes(report) == []
+    assert "ignored      CFG104 data.num_frames (preflight.ignore)" in render(report)
 
 
-def test_another_number_of_frames_is_a_warning_with_the_change(clips):
-    found = report(clips, "data.num_frames=5")
-    assert codes(found) == [("CKP202", "warning")]
-    assert found.findings[0].patch == ("data.num_frames=8",)
-    assert not found.findings[0].verified
+def test_a_change_that_helps_is_marked_verified(tiny):
+    [finding] = run_preflight(tiny("data.num_frames=5")).findings
+    assert (finding.patch, finding.verified) == (("data.num_frames=8",), True)
+    assert "set       data.num_frames=8   (verified: the checks pass with it)" in render(Report([], [finding]))
 
 
-def test_ignored_findings_are_shown_and_do_not_count(clips):
-    found = report(clips, "data.num_frames=5", "preflight.ignore=[CKP202]")
-    assert codes(found) == []
-    assert "ignored CKP202" in found.render()
+def claim(monkeypatch, *findings):
+    """The config stage says `findings`, each as long as its key has not the value that its patch gives."""
+    real = settings.check_settings
+
+    def check(config):
+        said = [f for f in findings if not all(_set(config, override) for override in f.expected.split())]
+        return [*real(config), *(replace(f, expected="") for f in said)]
+
+    monkeypatch.setattr(settings, "check_settings", check)
 
 
-def test_shapes_runs_the_real_step(clips, monkeypatch):
-    """Break the conditioning that training uses, and preflight fails with the record's field."""
+def _set(config, override):
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    return str(getattr(getattr(config, section), name)) == value
+
+
+def test_a_change_that_does_not_help_is_dropped(tiny, monkeypatch):
+    claim(monkeypatch, Finding("CFG104", "warning", "x", "y", "train.steps=1", patch=("train.log_interval=3",)))
+    [finding] = run_preflight(tiny()).findings
+    assert (finding.patch, finding.verified) == ((), False)
+
+
+def test_a_change_that_breaks_something_else_is_dropped(tiny, monkeypatch):
+    claim(monkeypatch, Finding("CFG104", "warning", "x", "y", "data.num_frames=7000", patch=("data.num_frames=7000",)))
+    [finding] = run_preflight(tiny()).findings
+    assert (finding.patch, finding.verified) == ((), False)
+
+
+def test_a_change_that_the_schema_refuses_is_dropped(tiny, monkeypatch):
+    claim(monkeypatch, Finding("CFG104", "warning", "x", "y", "train.lr=-1", patch=("train.lr=-1",)))
+    [finding] = run_preflight(tiny()).findings
+    assert (finding.patch, finding.verified) == ((), False)
+
+
+def test_one_bad_change_does_not_take_a_good_one_along(tiny, monkeypatch):
+    claim(
+        monkeypatch,
+        Finding("CFG104", "warning", "good", "y", "train.log_interval=3", patch=("train.log_interval=3",)),
+        Finding("CFG104", "warning", "bad", "y", "data.num_frames=7000", patch=("data.num_frames=7000",)),
+    )
+    good, bad = run_preflight(tiny()).findings
+    assert (good.patch, good.verified) == (("train.log_interval=3",), True)
+    assert (bad.patch, bad.verified) == ((), False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_stage_alone(tiny, stage):
+    report = run_preflight(tiny(), Options(only=stage))
+    assert [(s.name, s.status) for s in report.stages] == [(stage, "ok")]
+    assert codes(report) == []
+
+
+def invoke(*arguments):
+    """The verb as the command line runs it, errors as they would be printed."""
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def own(clips, tmp_path):
+    return [CONFIGS / "tiny.yaml", f"data.root={clips}", f"run.dir={tmp_path / 'runs'}", "train.batch_size=1"]
+
+
+def test_the_verb_prints_and_writes_the_report(own, tmp_path):
+    done = invoke("preflight", *own, "data.num_frames=5")
+    assert done.exit_code == 0, done.output
+    assert "warning  CFG104" in done.stdout
+    assert "preflight: 1 warning; needs about" in done.stdout
+    written = json.loads((tmp_path / "runs" / "tiny" / "preflight.json").read_text())
+    assert written["findings"][0]["verified"] is True
+
+
+def test_json_is_one_object_with_all_that_the_design_names(own):
+    done = invoke("preflight", *own, "data.num_frames=5", "--json")
+    parsed = json.loads(done.stdout)
+    assert parsed.keys() == {"ok", "stages", "findings", "ignored", "axes", "predicted"}
+    wanted = {"code", "severity", "where", "expected", "got", "why", "fix", "patch", "verified"}
+    assert parsed["findings"][0].keys() == wanted
+    assert parsed["predicted"]["peak_gib"] > 0
+
+
+def test_errors_exit_with_3(own, tmp_path):
+    done = invoke("preflight", *own, f"data.root={tmp_path}")
+    assert done.exit_code == 3
+    assert "error    DAT301" in done.stdout
+
+
+def test_a_size_the_vae_would_floor_is_repaired_and_the_rest_is_checked(own, tmp_path):
+    done = invoke("preflight", *own, "data.height=65", "data.num_frames=5", "--fix", tmp_path / "out.yaml", "--json")
+    assert done.exit_code == 2
+    first, second = json.loads(done.stdout)["findings"]
+    assert (first["code"], first["patch"], first["verified"]) == ("CFG101", ["data.height=64"], True)
+    assert "the VAE would floor it silently" in first["got"]
+    assert (second["code"], second["verified"]) == ("CFG104", True)
+    repaired = load_config(tmp_path / "out.yaml")
+    assert (repaired.data.height, repaired.data.num_frames) == (64, 8)
+    assert run_preflight(repaired).ok
+
+
+def test_a_typing_mistake_is_a_finding_too(own):
+    done = invoke("preflight", *own, "train.stepz=3", "--json")
+    assert done.exit_code == 2
+    [finding] = json.loads(done.stdout)["findings"]
+    assert finding["code"] == "CFG101"
+    assert "Did you mean train.steps?" in finding["got"]
+
+
+def test_nothing_to_repair_writes_nothing(own, tmp_path):
+    done = invoke("preflight", *own, "--fix", tmp_path / "out.yaml")
+    assert done.exit_code == 0
+    assert "was not written: no finding has a verified change" in done.stderr
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_a_rented_gpu_that_is_too_small(own):
+    done = invoke("preflight", *own, "--gpu", "30MiB")
+    assert done.exit_code == 3
+    assert "MEM701" in done.stdout
+    assert invoke("preflight", *own, "--gpu", "24GiB").exit_code == 0
+
+
+def test_env_needs_no_configuration():
+    done = invoke("preflight", "--only", "env", "--json")
+    parsed = json.loads(done.stdout)
+    assert parsed["environment"]["torch"]
+    assert [stage["name"] for stage in parsed["stages"]] == ["env"]
+
+
+def test_train_refuses_and_starts_nothing(own, tmp_path, capsys):
+    config = load_config(own[0], [*own[1:], f"data.root={tmp_path}"])
+    with pytest.raises(PreflightError, match=r"(?s)nothing was started.*DAT301"):
+        cli._require_preflight(config)
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["preflight.json"]
+
+
+def test_train_preflight_only_stops_after_it(own, tmp_path):
+    done = invoke("train", *own, "--preflight-only")
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["preflight.json"]
+
+
+def test_configuration_only_never_imports_torch(own):
+    code = (
+        "import sys; from svdtune.cli import app\n"
+        f"app(['preflight', *{list(map(str, own))!r}, 'data.num_frames=5', '--only', 'config'], standalone_mode=False)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.rstrip().endswith("False"), done.stderr
+    assert "CFG104" in done.stdout
+
+
+def test_two_ranks_refused_before_the_process_group(own, tmp_path):
+    """Rank 0 prints the report once; nobody waits for a rank that never comes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "svdtune"]
+    done = subprocess.run(
+        [*command, "train", *map(str, own), f"data.root={tmp_path}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("error    DAT301") == 1
+
+
+def test_training_and_preflight_break_alike(tiny, monkeypatch):
+    """One step, three callers: a broken conditioning is refused by the rehearsal and by the real step."""
     from svdtune.diffusion import conditioning
+    from svdtune.errors import ContractError
+    from svdtune.trainer.run import train
 
     ids = conditioning.added_time_ids
-    monkeypatch.setattr(conditioning, "added_time_ids", lambda *a: ids(*a)[:, :1])
-    found = report(clips)
-    assert codes(found) == [("SHP401", "error")]
-    assert "UNetInput.added_time_ids: got (1, 1), expected (b m) = (1, 3)" in found.findings[0].got
+    monkeypatch.setattr(conditioning, "added_time_ids", lambda *a: ids(*a)[:, :2])
+    assert [f.where for f in shapes.rehearse(tiny()).findings] == ["UNetInput.added_time_ids"]
+    with pytest.raises(ContractError, match=r"UNetInput\.added_time_ids: got \(1, 2\)"):
+        train(tiny("validation.clips=0", "validation.samples=0"), config_text="")
 
 
-def test_shapes_runs_backward(clips, monkeypatch):
-    from svdtune.diffusion import edm
-
-    monkeypatch.setattr(
-        edm, "v_loss", lambda output, target: edm.reduce((output.detach() - target) ** 2, "b ... -> b", "mean")
-    )
-    found = report(clips)
-    assert codes(found) == [("SHP401", "error")]
-    assert "does not require grad" in found.findings[0].got
+def test_an_unforeseen_error_is_explained_before_its_traceback(tiny, capsys):
+    message = "mat1 and mat2 shapes cannot be multiplied (4x32 and 96x256)"
+    with pytest.raises(RuntimeError, match="mat1"), cli._explained(tiny()):
+        raise RuntimeError(message)
+    assert "SHP402" in capsys.readouterr().err
 
 
-def test_lora_targets_that_match_nothing_are_found(clips):
-    found = report(clips, "adapt.method=lora", "adapt.targets=[attn1.to_quary]")
-    assert codes(found) == [("SHP401", "error")]
-    assert "Did you mean" in found.findings[0].got
+def test_an_error_nobody_knows_is_left_alone(tiny, capsys):
+    with pytest.raises(KeyError), cli._explained(tiny()):
+        raise KeyError("left")
+    assert capsys.readouterr().err == ""
 
 
-def test_an_image_to_sample_from_that_cannot_be_opened_is_found(clips, tmp_path):
-    (tmp_path / "text.png").write_text("not a picture")
-    found = report(clips, f"validation.images=[{tmp_path / 'text.png'},{tmp_path / 'gone.png'}]")
-    assert codes(found) == [("DAT303", "error"), ("DAT303", "error")]
-    assert "text.png" in found.findings[0].got
-    assert "gone.png" in found.findings[1].got
+def test_a_stage_that_raises_is_not_swallowed(tiny, monkeypatch):
+    def broken(*_args, **_keywords):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(clips_stage, "check_clips", broken)
+    with pytest.raises(ZeroDivisionError):
+        run_preflight(tiny())
 
 
-def test_weights_still_to_be_downloaded_are_said(clips, tmp_path, monkeypatch):
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    xt = load_config(TINY.parent / "svd_xt_lora.yaml", [f"data.root={clips}"])
-    assert [(f.code, f.severity) for f in check_model(xt)] == [("CKP203", "warning")]
-
-
-def test_a_huge_batch_does_not_take_minutes(clips):
-    """The VAE's chunks are a loop; 100,000 clips in chunks of 4 frames would be 200,000 fake encodings."""
-    assert report(clips, "train.batch_size=100000").ok
-
-
-def test_json_is_the_whole_report():
-    finding = Finding("SHP401", "error", "train_step", "x", "y", "because", "do", ("a.b=1",))
-    made = Report([Stage("shapes", 1.0, "failed")], [finding], axes={"b": 1})
-    parsed = json.loads(json.dumps(made.as_json()))
-    assert parsed["ok"] is False
-    assert parsed["stages"] == [{"name": "shapes", "seconds": 1.0, "status": "failed"}]
-    assert parsed["findings"][0].keys() == {
-        "code",
-        "severity",
-        "where",
-        "expected",
-        "got",
-        "why",
-        "fix",
-        "patch",
-        "verified",
-    }
-    assert parsed["axes"] == {"b": 1}
-
-
-def test_a_finding_reads_as_a_paragraph():
-    made = Report(
-        [Stage("model", 0.5, "ok")],
-        [Finding("CKP202", "warning", "data.num_frames", "5", "8", "Why.", "data.num_frames=8")],
-    )
-    assert made.render() == (
-        "preflight: model ok (0.5 s)\n"
-        "  warning CKP202 data.num_frames: 5, expected 8\n"
-        "      Why.\n"
-        "      Fix: data.num_frames=8"
-    )
+def test_a_finding_reads_as_a_block():
+    finding = Finding("CFG101", "error", "data.height", "65", "64", "Because.", "Change it.", ("data.height=64",), True)
+    report = Report([Stage("config", 0.04, "failed")], [finding], predicted={"peak_gib": 3.21})
+    assert render(report).splitlines() == [
+        "config       failed      0.0 s",
+        "",
+        "error    CFG101  the configuration cannot be read",
+        "  where     data.height",
+        "  got       65",
+        "  expected  64",
+        "  why       Because.",
+        "  fix       Change it.",
+        "  set       data.height=64   (verified: the checks pass with it)",
+        "",
+        "preflight: 1 error; needs about 3.2 GiB of device memory in each process",
+    ]

@@ -1,0 +1,127 @@
+"""The verb `preflight`, and the same before training: load, run, show, write preflight.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from svdtune.config.load import load_config
+from svdtune.config.schema import Config
+from svdtune.errors import ConfigError, PreflightError, UsageError
+from svdtune.guards.findings import Report, Stage
+from svdtune.guards.preflight import Options, run_preflight, unreadable
+from svdtune.guards.render import render, stage_line, summary
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?", re.IGNORECASE)
+_UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+def preflight_verb(
+    path: Path | None,
+    overrides: Sequence[str],
+    *,
+    only: str | None,
+    exhaustive: bool,
+    gpu: str | None,
+    fix: Path | None,
+    as_json: bool,
+) -> int:
+    """Run, print, and return the exit code: 0, 2 for a configuration that cannot be read, 3 for errors found."""
+    if path is None and only != "env":
+        raise UsageError("preflight: no CONFIG; only `svdtune preflight --only env` works without one")
+    options = Options(only, exhaustive, parse_size(gpu) if gpu else None, _progress())
+    try:
+        config = load_config(path, overrides) if path else None
+    except ConfigError as error:
+        report, config, code = (
+            unreadable(error, _repaired(path, overrides, error), options),
+            None,
+            ConfigError.exit_code,
+        )
+    else:
+        report = run_preflight(config, options)
+        code = 0 if report.ok else PreflightError.exit_code
+    _show(report, only=only, as_json=as_json)
+    if config is not None and only is None:
+        write_report(config, report)
+    if fix is not None and path is not None:
+        _write_fix(path, fix, overrides, report)
+    return code
+
+
+def require_preflight(config: Config) -> None:
+    """Before training: raise PreflightError with the whole report when an error was found, else print it."""
+    report = run_preflight(config, Options(on_stage=_progress()))
+    write_report(config, report)
+    if not report.ok:
+        raise PreflightError(f"preflight found what would spoil this run; nothing was started.\n{render(report)}")
+    print(render(report) if report.findings or report.ignored else summary(report), file=sys.stderr)
+
+
+def write_report(config: Config, report: Report) -> None:
+    """`preflight.json` in the run folder, replaced in one step; a folder that cannot be written is a finding already."""
+    folder = Path(config.run.dir) / config.run.name
+    partial = folder / ".preflight.json.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, folder / "preflight.json")
+    except OSError as error:
+        print(f"preflight.json was not written: {error}", file=sys.stderr)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `24GiB`, `24` (GiB), `16000MB`. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"--gpu: got {text!r}, expected a size such as 24GiB")
+    return round(float(match[1]) * _UNITS[(match[2] or "GiB").lower()])
+
+
+def _repaired(path: Path | None, overrides: Sequence[str], error: ConfigError) -> Config | None:
+    if path is None or not error.patch:
+        return None
+    try:
+        return load_config(path, [*overrides, *error.patch])
+    except ConfigError:
+        return None
+
+
+def _progress():
+    """Stage lines as they end, for somebody who watches."""
+    if not sys.stderr.isatty():
+        return None
+
+    def say(stage: Stage) -> None:
+        print(stage_line(stage), file=sys.stderr)
+
+    return say
+
+
+def _show(report: Report, *, only: str | None, as_json: bool) -> None:
+    environment = {}
+    if only == "env":
+        from svdtune.guards.environment import environment_report
+
+        environment = {"environment": dict(environment_report())}
+    if as_json:
+        print(json.dumps({**report.as_json(), **environment}, indent=2))
+        return
+    for name, value in environment.get("environment", {}).items():
+        print(f"{name:<16} {value}")
+    print(render(report))
+
+
+def _write_fix(source: Path, target: Path, overrides: Sequence[str], report: Report) -> None:
+    from svdtune.guards.repair import write_repaired
+
+    changes = [override for finding in report.findings if finding.verified for override in finding.patch]
+    if not changes:
+        print(f"{target} was not written: no finding has a verified change", file=sys.stderr)
+        return
+    write_repaired(source, target, [*overrides, *changes])
+    print(f"{target}: {source} with {' '.join([*overrides, *changes])}", file=sys.stderr)

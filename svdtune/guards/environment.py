@@ -1,0 +1,385 @@
+"""This machine: versions, the device and what it can do, decoder, disk, shared memory, keys. Works without a configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdtune import __version__
+from svdtune.config.schema import Config
+from svdtune.guards.findings import Finding
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+_PACKAGES = (
+    "torch", "diffusers", "transformers", "accelerate", "peft", "omegaconf", "safetensors", "decord", "av", "numpy", "wandb",
+    "tensorboard", "xformers", "bitsandbytes", "huggingface_hub",
+)  # fmt: skip
+# Newest reason first: an older version has all that follow it too.
+_DIFFUSERS = (
+    ((0, 32), "its SVD UNet fails on sizes that are not multiples of 64"),
+    ((0, 28), "it mixes the conditioning of different clips at batch > 1"),
+    ((0, 27), "its SVD pipeline normalises the CLIP image and applies guidance wrongly"),
+    ((0, 25), "its chunked feed-forward gives wrong numbers"),
+)
+_GRID = 65535
+"""Largest second and third dimension of a CUDA grid; attention kernels put batch (x heads) there."""
+_SHARED_MEMORY = Path("/dev/shm")
+_PREFETCH = 2
+"""Batches per worker that wait (`data/loader.py`)."""
+_STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
+"""Bytes of optimizer state for each trained number."""
+
+
+def check_environment(config: Config | None) -> list[Finding]:
+    """ENV001 and following; what depends on options is looked at only with a configuration."""
+    found = [*check_versions(), *_driver(), *_decoder(config)]
+    if config is None:
+        return found
+    return [
+        *found, *_attention(config), *_grid(config), *_precision(config), *_optimizer(config), *_trackers(config),
+        *_keys(config), *_run_folder(config), *_shared_memory(config),
+    ]  # fmt: skip
+
+
+def environment_report() -> Mapping[str, str]:
+    """Versions, platform and devices in words, to paste into an issue. Nothing in it is secret."""
+    import torch
+
+    report = {"svdtune": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    report |= {name: _installed(name) or "not installed" for name in _PACKAGES}
+    gpus = range(torch.cuda.device_count() if _cuda() else 0)
+    names = [torch.cuda.get_device_name(i) for i in gpus]
+    report["gpus"] = ", ".join(names) or "none visible"
+    report["cuda of torch"] = torch.version.cuda or "none (CPU build)"
+    report["cores"] = str(os.cpu_count())
+    return report
+
+
+def check_versions() -> list[Finding]:
+    """ENV001: a package is missing or older than svdtune's own metadata asks. ENV002: xformers for another torch."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for text in _requirements("svdtune"):
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        got = _installed(requirement.name)
+        if got is None or not _meets(requirement.specifier, got):
+            found.append(
+                _old(requirement.name, got, str(requirement.specifier), f"{requirement.name}{requirement.specifier}")
+            )
+    return [*found, *_xformers_build()]
+
+
+def _old(name: str, got: str | None, wanted: str, install: str) -> Finding:
+    why = "svdtune was not tested with it, and needs what newer versions mend or add."
+    if got is None:
+        why = "svdtune imports it."
+    elif name == "diffusers" and (wrong := _wrong_in_diffusers(got)):
+        why = f"In this version {'; '.join(wrong)}."
+    return Finding(
+        "ENV001", "error", name, got or "not installed", wanted, why,
+        f"Run `pip install --upgrade '{install}'`, or `pip install -c constraints.txt svdtune` for the tested set.",
+    )  # fmt: skip
+
+
+def _meets(specifier: SpecifierSet, got: str) -> bool:
+    """By release number: the 2.10.0a0+nv of a vendor's container is a 2.10."""
+    from packaging.version import Version
+
+    return specifier.contains(Version(got).base_version)
+
+
+def _wrong_in_diffusers(got: str) -> list[str]:
+    from packaging.version import Version
+
+    release = Version(got).release
+    return [what for below, what in _DIFFUSERS if release < below]
+
+
+def _xformers_build() -> list[Finding]:
+    from packaging.requirements import Requirement
+
+    torch = _installed("torch")
+    for text in _requirements("xformers") if torch else ():
+        requirement = Requirement(text)
+        if requirement.name != "torch" or _meets(requirement.specifier, torch or "0"):
+            continue
+        got, wanted = f"xformers {_installed('xformers')} beside torch {torch}", f"torch{requirement.specifier}"
+        return [Finding("ENV002", "warning", "xformers", got, wanted, "Its compiled kernels are for another torch: they do not "
+                        "load, or crash.", "Run `pip install --upgrade xformers`, or uninstall it: svdtune does not need "
+                        "it.")]  # fmt: skip
+    return []
+
+
+def _requirements(name: str) -> list[str]:
+    """What the package's own metadata asks for; [] when it has none (svdtune started from its folder)."""
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return []
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cuda() -> bool:
+    """Whether torch can use an NVIDIA GPU; a broken driver makes torch warn, which `_driver` says better."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def _nvidia_devices() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
+def _driver() -> list[Finding]:
+    """ENV003: an NVIDIA GPU is in the machine and torch cannot use it."""
+    if not _nvidia_devices() or _cuda() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    import torch
+
+    if torch.version.cuda is None:
+        why, fix = (
+            "This torch was built for CPUs alone.",
+            "Install torch for CUDA: https://pytorch.org/get-started/locally/",
+        )
+    else:
+        why = f"torch is built for CUDA {torch.version.cuda} and does not get along with the driver."
+        fix = "Look at `nvidia-smi`; update the driver, or install a torch built for an older CUDA."
+    return [Finding("ENV003", "error", "torch", f"torch {torch.__version__} sees no GPU", "the NVIDIA GPU of this machine",
+                    f"{why} Training would run on the CPU.", fix)]  # fmt: skip
+
+
+def _decoder(config: Config | None) -> list[Finding]:
+    """ENV004: a reader of videos that was asked for, or that all need, is missing."""
+    found = []
+    try:
+        import av  # noqa: F401
+    except ImportError as error:
+        found.append(Finding("ENV004", "error", "av", f"cannot be imported ({error})", "PyAV", "Every clip is indexed with it.",
+                             "Run `pip install --force-reinstall av`."))  # fmt: skip
+    if config is not None and config.data.decoder == "decord" and importlib.util.find_spec("decord") is None:
+        found.append(Finding("ENV004", "error", "data.decoder", "decord, which is not installed", "auto or pyav",
+                             "decord exists for x86-64 Linux only; PyAV reads every file that it reads.",
+                             "Set data.decoder=auto.", ("data.decoder=auto",)))  # fmt: skip
+    return found
+
+
+def _attention(config: Config) -> list[Finding]:
+    """ENV005: xformers cannot be called on this device (it has no CPU kernel). One token is really put through it."""
+    if config.memory.attention != "xformers":
+        return []
+    if reason := probe_xformers():
+        return [Finding("ENV005", "error", "memory.attention", f"xformers: {reason}", "an attention that runs on this device",
+                        "xformers has kernels for NVIDIA GPUs only, compiled for one torch.", "Set memory.attention=sdpa, torch's own.",
+                        ("memory.attention=sdpa",))]  # fmt: skip
+    return []
+
+
+def probe_xformers() -> str | None:
+    """Why xformers' attention cannot be used here; None when one token came through it."""
+    if importlib.util.find_spec("xformers") is None:
+        return "it is not installed"
+    if not _cuda():
+        return "no NVIDIA GPU is visible, and it has no CPU kernel"
+    import torch
+
+    try:
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+        token = torch.zeros(1, 1, 64, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(token, token, token)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError, OSError) as error:
+        return str(error).strip().split("\n")[0]
+    return None
+
+
+def _grid(config: Config) -> list[Finding]:
+    """ENV006: temporal attention folds all positions (and xformers the heads too) into one axis of the CUDA grid."""
+    from svdtune.guards.settings import local_configs, vae_factor
+
+    configs = local_configs(config)
+    factor = vae_factor(configs) if configs else None
+    heads = configs.unet.get("num_attention_heads") if configs else None
+    first = heads[0] if isinstance(heads, list) and heads else heads
+    if not factor or not isinstance(first, int):
+        return []
+    data, batch = config.data, config.train.batch_size
+    rows = batch * (data.height // factor) * (data.width // factor)
+    sum_up = f"batch {batch} x {data.height // factor} x {data.width // factor} latents"
+    if config.memory.attention == "xformers" and rows * first > _GRID:
+        return [Finding("ENV006", "error", "memory.attention", f"{sum_up} x {first} heads = {rows * first} rows",
+                        f"at most {_GRID} rows with xformers", "Temporal attention runs at every position by itself, so xformers gets "
+                        "positions x heads as its batch, which is one axis of a CUDA grid: \"CUDA error: invalid configuration "
+                        "argument\".", "Set memory.attention=sdpa.", ("memory.attention=sdpa",))]  # fmt: skip
+    if config.memory.attention == "sdpa" and rows > _GRID and _cuda():
+        return [Finding("ENV006", "warning", "train.batch_size", f"{sum_up} = {rows} rows", f"at most {_GRID} rows",
+                        "Temporal attention runs at every position by itself, and some of torch's CUDA kernels refuse a batch that "
+                        "exceeds one axis of a CUDA grid: \"invalid configuration argument\".",
+                        "A smaller train.batch_size with more train.accumulation gives the same update.")]  # fmt: skip
+    return []
+
+
+def _precision(config: Config) -> list[Finding]:
+    """ENV007: fp16 without a GPU, bf16 on a GPU that only emulates it."""
+    precision = config.train.precision
+    if precision == "fp16" and not _cuda():
+        return [Finding("ENV007", "error", "train.precision", "fp16, and no NVIDIA GPU is visible", "bf16 or no",
+                        "The gradient scaler of fp16 needs a GPU.", "Set train.precision=bf16.", ("train.precision=bf16",))]  # fmt: skip
+    if precision == "bf16" and _cuda():
+        import torch
+
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name(0)
+            return [Finding("ENV007", "warning", "train.precision", f"bf16 on {name}", "a GPU that computes in bf16 (Ampere or "
+                            "newer)", "It would be emulated, slower than float32.", "Set train.precision=fp16.",
+                            ("train.precision=fp16",))]  # fmt: skip
+    return []
+
+
+def _optimizer(config: Config) -> list[Finding]:
+    """ENV008: adamw8bit without bitsandbytes or without a GPU."""
+    if config.train.optimizer != "adamw8bit":
+        return []
+    missing = importlib.util.find_spec("bitsandbytes") is None
+    if not missing and _cuda():
+        return []
+    got = "adamw8bit, and bitsandbytes is not installed" if missing else "adamw8bit, and no NVIDIA GPU is visible"
+    fix = "Set train.optimizer=adamw" + (", or run `pip install 'svdtune[bitsandbytes]'`." if missing else ".")
+    return [Finding("ENV008", "error", "train.optimizer", got, "an optimizer that runs here", "It keeps its state in 8 bits with "
+                    "bitsandbytes' CUDA kernels.", fix, ("train.optimizer=adamw",))]  # fmt: skip
+
+
+def _trackers(config: Config) -> list[Finding]:
+    """ENV009: a tracker that was asked for is not installed."""
+    modules = {"wandb": "wandb", "tensorboard": "tensorboard"}
+    backends = config.tracking.backends
+    missing = [name for name in backends if importlib.util.find_spec(modules[name]) is None]
+    left = [name for name in backends if name not in missing]
+    patch = (f"tracking.backends=[{','.join(left)}]",)
+    return [
+        Finding("ENV009", "error", "tracking.backends", f"{name}, which is not installed", "an installed tracker",
+                "The run would stop when it starts to log.", f"Run `pip install {name}`, or set {patch[0]}.", patch)
+        for name in missing
+    ]  # fmt: skip
+
+
+def _keys(config: Config) -> list[Finding]:
+    """ENV010: no key for a service that asks for one. Values are never read into a message."""
+    found = []
+    if "wandb" in config.tracking.backends and config.tracking.wandb_mode == "online" and not _has_wandb_key():
+        found.append(Finding("ENV010", "warning", "tracking.wandb_mode", "online, and no WANDB_API_KEY or `wandb login` is found",
+                             "a key, or offline", "wandb asks for the key when the run starts, and stops where nobody can answer.",
+                             "Run `wandb login`, or set tracking.wandb_mode=offline.", ("tracking.wandb_mode=offline",)))  # fmt: skip
+    if _needs_hub_token(config):
+        found.append(Finding("ENV010", "warning", "model.pretrained", f"{config.model.pretrained} is not on this machine, and no "
+                             "token of the Hugging Face hub is set", "a token, or the model's folder", "Stability's repositories want "
+                             "their licence accepted by an account; without it the hub may refuse the download.",
+                             "Accept the licence on the model's page and run `hf auth login`."))  # fmt: skip
+    return found
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    settings = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").partition("//")[2].partition("/")[0]
+    try:
+        return settings in netrc.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _needs_hub_token(config: Config) -> bool:
+    from svdtune.model.facts import SHIPPED
+
+    if config.model.pretrained not in SHIPPED or Path(config.model.pretrained).is_dir():
+        return False
+    from huggingface_hub import get_token, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.model.pretrained, "unet/config.json", revision=config.model.revision)
+    return not isinstance(cached, str) and not get_token()
+
+
+def _run_folder(config: Config) -> list[Finding]:
+    """ENV011: the run folder cannot be made or written to."""
+    folder = Path(config.run.dir) / config.run.name
+    nearest = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return []
+    got = f"{nearest} is a file" if not nearest.is_dir() else f"{nearest} cannot be written to by this user"
+    return [Finding("ENV011", "error", "run.dir", got, "a folder for checkpoints and logs",
+                    "The run would stop before its first step.", "Set run.dir to a folder that you can write to.")]  # fmt: skip
+
+
+def _shared_memory(config: Config) -> list[Finding]:
+    """ENV012: as `data/loader.py:_require_shared_memory`, before any weights are loaded; for all processes of this machine."""
+    from svdtune.launch import local_processes
+
+    data, processes = config.data, local_processes()
+    if data.workers == 0 or not _SHARED_MEMORY.is_dir():
+        return []
+    batch = config.train.batch_size * data.num_frames * 3 * data.height * data.width * 4
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    room = free // (batch * _PREFETCH * processes)
+    if room >= data.workers:
+        return []
+    needed = batch * _PREFETCH * data.workers * processes
+    return [Finding("ENV012", "error", "data.workers", f"{data.workers} workers x {_PREFETCH} batches x {processes} process(es) = "
+                    f"{needed / 2**20:.0f} MB", f"at most the {free / 2**20:.0f} MB free in {_SHARED_MEMORY}",
+                    "Workers hand their clips over there; when it is full the kernel kills them (\"Bus error\"). Docker gives 64 MB.",
+                    f"Set data.workers={room}, or start the container with --shm-size={needed // 2**30 + 1}g.",
+                    (f"data.workers={room}",))]  # fmt: skip
+
+
+def check_disk(config: Config, trained_parameters: int) -> list[Finding]:
+    """ENV013: the planned checkpoints do not fit. `trained_parameters`: how many numbers are trained.
+
+    Counts what is certain: float32 weights, optimizer state and averages of each checkpoint, and one more being written;
+    checkpoints that this run already has are not asked for twice. The export comes on top and is not counted.
+    """
+    train, checkpoint = config.train, config.checkpoint
+    each = trained_parameters * (4 + _STATES[train.optimizer] + (4 if train.ema else 0))
+    planned = min(checkpoint.keep, -(-train.steps // checkpoint.interval))
+    folder = Path(config.run.dir) / config.run.name
+    there = _bytes_of(folder / "checkpoints")
+    # The oldest is removed only after the newest is published.
+    extra = 1 if -(-train.steps // checkpoint.interval) > planned else 0
+    needed = each * (planned + extra) - there
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    keep = int((free + there) // each) - 1 if each else 0
+    patch = (f"checkpoint.keep={keep}",) if 1 <= keep < checkpoint.keep else ()
+    fix = f"Free space, set run.dir to a larger disk{f', or set {patch[0]}' if patch else ''}."
+    return [Finding("ENV013", "error", "run.dir", f"{_gib(free)} free", f"{_gib(needed)}: {planned + extra} checkpoints of {_gib(each)}",
+                    f"Each holds {trained_parameters:,} trained numbers in float32, {train.optimizer}'s state"
+                    f"{' and their averages' if train.ema else ''}; an old one goes only after the new one is safe.",
+                    fix, patch)]  # fmt: skip
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"

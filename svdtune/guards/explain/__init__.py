@@ -1,0 +1,1 @@
+"""From an error text to its cause: parsed by grammar, reasoned by arithmetic on the model's numbers. Needs no torch."""

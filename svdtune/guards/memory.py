@@ -1,0 +1,126 @@
+"""How much memory a run needs: the peak of all storages alive in the rehearsed step, beside what stays for the whole run.
+
+A first estimate: fake tensors have the sizes of real ones, the allocator's rounding and the kernels' workspaces are not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from svdtune.config.schema import Config
+from svdtune.guards.findings import Finding
+
+GIB = 2**30
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
+"""Bytes of optimizer state per trained parameter; adafactor keeps a row and a column per matrix, next to nothing."""
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages that operators made and that are still alive; `peak` is the most there ever was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) in self._seen:
+            return
+        self._seen.add(key)
+        self.live += (size := storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one process needs on its device."""
+
+    weights: int
+    """UNet, VAE and CLIP tower in the dtypes of training."""
+    optimizer: int
+    """Optimizer state and moving average."""
+    step: int
+    """Peak of activations, gradients and everything else the step makes."""
+    trained_parameters: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.optimizer + self.step
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` and preflight.json show as `predicted`."""
+        shown = {"peak": self.peak, "weights": self.weights, "optimizer": self.optimizer, "step": self.step}
+        gib = {f"{name}_gib": round(value / GIB, 3) for name, value in shown.items()}
+        return {**gib, "trained_parameters": self.trained_parameters}
+
+
+def estimate(config: Config, networks: Iterable[torch.nn.Module], trained: Iterable[Tensor], step: int) -> Estimate:
+    """The rehearsed step's peak in bytes, and what is resident around it."""
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    count = sum(parameter.numel() for parameter in trained)
+    state = _STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
+    return Estimate(sum(t.nbytes for t in tensors), count * state, step, count)
+
+
+def check_memory(config: Config, needed: Estimate, device_bytes: int | None) -> list[Finding]:
+    """MEM701: the step does not fit into `device_bytes` (None: this machine's GPU, if it has one)."""
+    available = _gpu_bytes() if device_bytes is None else device_bytes
+    if available is None or needed.peak <= available:
+        return []
+    fix, patch = _smaller(config)
+    return [
+        Finding(
+            "MEM701", "error", "memory", f"about {_gib(needed.peak)} in one process: {_gib(needed.weights)} of weights, "
+            f"{_gib(needed.optimizer)} of optimizer state, {_gib(needed.step)} for the step at its peak",
+            f"at most {_gib(available)}, the device's memory",
+            "Training would stop with an out-of-memory error in its first steps. Most of the step is activations, which "
+            "grow with batch x frames x height x width.",
+            fix, patch,
+        )
+    ]  # fmt: skip
+
+
+def _smaller(config: Config) -> tuple[str, tuple[str, ...]]:
+    """The first change that keeps what is learned."""
+    train = config.train
+    if config.memory.checkpointing == "none":
+        return "recompute activations in the backward pass", ("memory.checkpointing=diffusers",)
+    if train.batch_size > 1:
+        steps = train.accumulation * train.batch_size
+        return (
+            "one clip at a time, with as many clips per update",
+            ("train.batch_size=1", f"train.accumulation={steps}"),
+        )
+    if config.memory.vae_chunk > 1:
+        return "encode one frame at a time", ("memory.vae_chunk=1",)
+    if config.adapt.method != "lora":
+        return "train adapters instead of all weights", ("adapt.method=lora",)
+    return "fewer frames (data.num_frames) or smaller ones (data.height, data.width)", ()
+
+
+def _gpu_bytes() -> int | None:
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

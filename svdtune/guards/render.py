@@ -1,0 +1,68 @@
+"""A report for a person: a line per stage, a block per finding."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from svdtune.guards.catalog import RULES
+from svdtune.guards.findings import Finding, Report, Stage
+
+_WIDTH = 110
+_INDENT = " " * 12
+
+
+def render(report: Report) -> str:
+    """The whole report as text."""
+    return "\n".join([*map(stage_line, report.stages), *_findings(report), summary(report)])
+
+
+def stage_line(stage: Stage) -> str:
+    """`shapes       ok        9.1 s`."""
+    return f"{stage.name:<12} {stage.status:<8} {stage.seconds:6.1f} s"
+
+
+def summary(report: Report) -> str:
+    """The last line: how many findings, and what the run will need."""
+    counts = {kind: sum(f.severity == kind for f in report.findings) for kind in ("error", "warning")}
+    told = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count]
+    peak = report.predicted.get("peak_gib")
+    needs = f"; needs about {peak:.1f} GiB of device memory in each process" if peak is not None else ""
+    return f"preflight: {', '.join(told) or 'nothing found'}{needs}"
+
+
+def _findings(report: Report) -> Iterator[str]:
+    for finding in report.findings:
+        yield from ("", block(finding))
+    if report.findings:
+        yield ""
+    for finding in report.ignored:
+        yield f"ignored      {finding.code} {finding.where} (preflight.ignore)"
+
+
+def block(finding: Finding) -> str:
+    """One finding: what, expected, why, fix; the overrides of a fix only when they were proved."""
+    rule = RULES.get(finding.code)
+    head = f"{finding.severity:<8} {finding.code}  {rule.title if rule else ''}".rstrip()
+    rows = [
+        ("where", finding.where),
+        ("got", finding.got),
+        ("expected", finding.expected),
+        ("why", finding.why),
+        ("fix", finding.fix),
+    ]
+    lines = [head, *(_row(name, text) for name, text in rows if text)]
+    if finding.patch:
+        proof = "verified: the checks pass with it" if finding.verified else "not verified"
+        lines.append(_row("set", f"{' '.join(finding.patch)}   ({proof})"))
+    return "\n".join(lines)
+
+
+def _row(name: str, text: str) -> str:
+    paragraphs = text.splitlines() or [""]
+    wrapped = [line for part in paragraphs for line in _wrap(part)]
+    return "\n".join([f"  {name:<9} {wrapped[0]}", *(f"{_INDENT}{line}" for line in wrapped[1:])])
+
+
+def _wrap(text: str) -> Sequence[str]:
+    return textwrap.wrap(text, _WIDTH - len(_INDENT), break_long_words=False, break_on_hyphens=False) or [""]

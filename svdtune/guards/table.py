@@ -1,0 +1,63 @@
+"""The table of numbers that must agree between the parts of a model. Needs no torch and no weights."""
+
+from __future__ import annotations
+
+from svdtune.config.schema import Config
+from svdtune.contracts import ModelFacts
+from svdtune.errors import ModelError
+from svdtune.guards.findings import Finding
+from svdtune.model.facts import (
+    SHIPPED,
+    Contradiction,
+    ModelConfigs,
+    contradictions,
+    local_folder,
+    model_facts,
+    read_configs,
+)
+
+_CODES = {"time_ids": "SHP402", "clip_width": "SHP403", "in_channels": "SHP404", "out_channels": "SHP404"}
+
+
+def local_configs(config: Config) -> ModelConfigs | None:
+    """The model's own JSON where it lies on this machine; None when it must be fetched first or cannot be read."""
+    try:
+        folder = local_folder(config.model.pretrained) or SHIPPED.get(config.model.pretrained)
+        return read_configs(folder) if folder else None
+    except ModelError:
+        return None
+
+
+def facts_of(config: Config) -> ModelFacts | None:
+    """The model's numbers, or None where they are unknown or contradict each other."""
+    configs = local_configs(config)
+    try:
+        return model_facts(configs, bridge=config.conditioning.bridge is not None) if configs else None
+    except ModelError:
+        return None
+
+
+def check_table(config: Config) -> list[Finding] | None:
+    """SHP402-404: parts whose numbers do not fit together. None when the model's configs cannot be read."""
+    configs = local_configs(config)
+    try:
+        found = contradictions(configs, bridge=config.conditioning.bridge is not None) if configs else None
+    except ModelError:
+        return None
+    return None if found is None else [_finding(item) for item in found]
+
+
+def _finding(item: Contradiction) -> Finding:
+    fix, patch = _fix(item.kind)
+    return Finding(_CODES[item.kind], "error", item.where, item.got, item.expected, f"{item.why[:1].upper()}{item.why[1:]}.", fix, patch)
+
+
+def _fix(kind: str) -> tuple[str, tuple[str, ...]]:
+    if kind != "clip_width":
+        return "Take all parts, weights and config.json, from one SVD release.", ()
+    return (
+        "Either put the image_encoder folder of the UNet's own release in place (nothing to learn, the better choice), or train a "
+        "projection from this tower to the UNet (conditioning.bridge=linear): the UNet has never seen this tower, so expect a "
+        "longer training with method full or temporal.",
+        ("conditioning.bridge=linear",),
+    )

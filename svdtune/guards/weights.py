@@ -1,0 +1,275 @@
+"""Stage `checkpoint`: what a model folder really holds, from JSON and safetensors headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdtune.config.schema import Config, Model
+from svdtune.guards.differences import told_by_cause
+from svdtune.guards.family import recognise
+from svdtune.guards.findings import Finding
+from svdtune.guards.headers import BadFile, Entry, read_header, read_index
+from svdtune.guards.model_json import check_json, read_jsons
+from svdtune.model.facts import FILES, TINY
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
+"""How diffusers and transformers call the weights of each part."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_CONVERT = "svdtune reads diffusers folders (unet/, vae/, image_encoder/, scheduler/, feature_extractor/)."
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of one part: `files` that its loader reads, by what lies there."""
+
+    files: tuple[Path, ...]
+    plain: bool
+    """Files without a variant in their name are there."""
+    variants: tuple[str, ...]
+    others: tuple[str, ...]
+    """Names of files that svdtune does not read."""
+    index: Path | None = None
+
+
+def check_weights(config: Config) -> list[Finding]:
+    """CKP201-219 for `model.pretrained`; reads no tensor. A hub id that is not on this machine is a warning."""
+    model = config.model
+    path = TINY if model.pretrained == "tiny" else Path(model.pretrained).expanduser()
+    if path.is_dir():
+        return check_folder(path, config)
+    if path.exists():
+        return [single_file(path)]
+    if len(path.parts) != 2 or model.pretrained.startswith((".", "/", "~")):
+        got, why = f"no such folder: {path}", "There is nothing to train on."
+        return [Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'", why,
+                        "Correct the path, or give a hub id.")]  # fmt: skip
+    snapshot = cached_snapshot(model)
+    if snapshot is not None:
+        return check_folder(snapshot, config)
+    why = "Training begins with their download (gigabytes), and they are not checked here."
+    return [Finding("CKP203", "warning", "model.pretrained", "the weights are not on this machine yet", why=why)]
+
+
+def check_folder(folder: Path, config: Config) -> list[Finding]:
+    """All findings about one diffusers folder."""
+    if not any((folder / part).is_dir() for part in FILES):
+        return [_no_parts(folder)]
+    parts, findings = read_jsons(folder)
+    findings += check_json(folder, parts)
+    found = {
+        part: find_weights(folder / part, STEMS[part], config.model.variant)
+        for part in STEMS
+        if (folder / part).is_dir()
+    }
+    findings += _absent(folder, found, config.model.variant)
+    for part, weights in found.items():
+        if weights.files:
+            findings += _part(folder / part, part, weights, parts.get(part), config)
+    return findings
+
+
+def single_file(path: Path) -> Finding:
+    """CKP204 or CKP205: a file stands where a folder is needed; what it is."""
+    try:
+        header = read_header(path)
+    except BadFile as bad:
+        return Finding("CKP205", "error", str(path), bad.what, "a diffusers folder", fix=_CONVERT)
+    family = recognise({name: entry.shape for name, entry in header.tensors.items()})
+    got = f"one file: {family.name}" + (f", {family.naming} naming" if family.naming else "")
+    why = " ".join([*family.notes, "svdtune cannot load single files."])
+    fix = "Give the diffusers folder of the release"
+    fix += (
+        " (hub id stabilityai/stable-video-diffusion-img2vid-xt or the path of its download)."
+        if family.is_svd
+        else " of an SVD model."
+    )
+    return Finding("CKP204", "error", str(path), got, "a diffusers folder", why, fix)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Weights:
+    """The safetensors that `variant` (None: plain names) selects in one part's folder, shards by their index."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    safe = [name for name in names if name.endswith(".safetensors") and name.startswith(stem)]
+    middle = [name.removeprefix(stem).removesuffix(".safetensors").partition("-0")[0].strip(".") for name in safe]
+    wanted = variant or ""
+    chosen = [name for name, part in zip(safe, middle, strict=True) if part == wanted]
+    index = next((n for n in names if n in (f"{stem}.safetensors.index{'.' if variant else ''}{wanted}.json",)), None)
+    if index is None and f"{stem}{'.' if variant else ''}{wanted}.safetensors" in chosen:
+        chosen = [f"{stem}{'.' if variant else ''}{wanted}.safetensors"]
+    others = [name for name in names if name.endswith(_PICKLES) or (name.endswith(".safetensors") and name not in safe)]
+    variants = sorted({part for part in middle if part})
+    files = tuple(folder / name for name in chosen)
+    return Weights(files, "" in middle, tuple(variants), tuple(others), folder / index if index else None)
+
+
+def read_part(weights: Weights) -> tuple[dict[str, Entry], list[Finding]]:
+    """All tensors of a part, and CKP205/209 for files that cannot be read or are missing."""
+    tensors: dict[str, Entry] = {}
+    findings = []
+    files = list(weights.files)
+    if weights.index is not None:
+        try:
+            files = [weights.index.parent / name for name in read_index(weights.index)]
+        except BadFile as bad:
+            return {}, [Finding("CKP205", "error", str(bad.path), bad.what, "the index of the shards")]
+    gone = [file.name for file in files if not file.is_file()]
+    if gone:
+        why = "The model is cut into shards and not all are here; their weights would be random."
+        got = f"{len(gone)} of {len(files)} shards are missing: {', '.join(gone[:3])}"
+        findings.append(
+            Finding(
+                "CKP209", "error", str(files[0].parent), got, "every shard that the index names", why, "Download them."
+            )
+        )
+    for file in files:
+        if file.name in gone:
+            continue
+        try:
+            tensors |= read_header(file).tensors
+        except BadFile as bad:
+            findings.append(Finding("CKP205", "error", str(bad.path), bad.what, "safetensors weights"))
+    return tensors, findings
+
+
+def expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the network that a part's config makes, built on the meta device by the classes that training loads."""
+    import torch
+    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        if part == "image_encoder":
+            network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(config)))
+        else:
+            cls: Any = UNetSpatioTemporalConditionModel if part == "unet" else AutoencoderKLTemporalDecoder
+            network = cls.from_config(dict(config))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def cached_snapshot(model: Model) -> Path | None:
+    """The folder of a hub id in the hub's cache, when the weights of all parts are there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    end = f".{model.variant}.safetensors" if model.variant else ".safetensors"
+    names = [f"{part}/{stem}{end}" for part, stem in STEMS.items()]
+    hits = [try_to_load_from_cache(model.pretrained, name, revision=model.revision) for name in names]
+    return (
+        Path(hits[0]).parent.parent if isinstance(hits[0], str) and all(isinstance(hit, str) for hit in hits) else None
+    )
+
+
+def _part(folder: Path, part: str, weights: Weights, config: Mapping[str, Any] | None, run: Config) -> list[Finding]:
+    tensors, findings = read_part(weights)
+    if findings:
+        return findings
+    strange = sorted({entry.dtype for entry in tensors.values()} - _FLOATS - {"I64"})
+    if strange:
+        why = "Quantised weights are made for inference: training cannot start from them."
+        findings.append(
+            Finding(
+                "CKP212",
+                "error",
+                str(folder),
+                ", ".join(strange),
+                "F32, F16 or BF16",
+                why,
+                "Take the fp16 or fp32 weights.",
+            )
+        )
+    if config is None:
+        return findings
+    got = {name: entry.shape for name, entry in tensors.items()}
+    try:
+        expected = expected_shapes(part, config)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        why = "No network can be built from this config."
+        told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return [
+            *findings,
+            Finding(
+                "CKP201",
+                "error",
+                str(folder / "config.json"),
+                told,
+                "a config of its class",
+                why,
+                "Copy it from the release.",
+            ),
+        ]
+    return findings + told_by_cause(
+        str(folder), part, expected, got, adapts=run.model.on_mismatch == "adapt", adapt=run.adapt
+    )
+
+
+def _absent(folder: Path, found: Mapping[str, Weights], variant: str | None) -> list[Finding]:
+    """CKP206: parts without the weights that model.variant names, in one finding when one change mends all of them."""
+    lacking = {part: weights for part, weights in found.items() if not weights.files}
+    if not lacking:
+        return []
+    patch = _variant_of(found)
+    expected = f"*.{variant}.safetensors" if variant else "safetensors without a variant in the name"
+    if patch:
+        got = f"no {expected} in {', '.join(lacking)}; there: {', '.join(next(iter(found.values())).variants) or 'plain'} weights"
+        why = "diffusers' message for this names a .bin file that nobody wants."
+        fix = f"Set model.variant={patch}."
+        return [
+            Finding("CKP206", "error", f"{folder}: model.variant", got, expected, why, fix, (f"model.variant={patch}",))
+        ]
+    return [_without_weights(folder / part, weights, expected) for part, weights in lacking.items()]
+
+
+def _variant_of(found: Mapping[str, Weights]) -> str | None:
+    """A value of model.variant for which every part has weights."""
+    if all(weights.plain for weights in found.values()):
+        return "null"
+    common = set.intersection(*(set(weights.variants) for weights in found.values()))
+    return min(common, default=None)
+
+
+def _without_weights(folder: Path, weights: Weights, expected: str) -> Finding:
+    there = [
+        *(f"{variant} weights" for variant in weights.variants),
+        *(["plain weights"] if weights.plain else []),
+        *weights.others,
+    ]
+    pickles = any(name.endswith(_PICKLES) for name in weights.others)
+    if weights.variants or weights.plain:
+        why, fix = (
+            "The parts of this folder hold different variants; one setting reads all.",
+            "Download one variant of all parts.",
+        )
+    elif pickles:
+        why = "svdtune reads safetensors only: a pickle can run code when it is opened."
+        fix = "Take the safetensors of the release."
+    else:
+        why, fix = "There is nothing to train on.", "Download the weights of this part."
+    return Finding("CKP206", "error", str(folder), f"there: {', '.join(there) or 'no weights'}", expected, why, fix)
+
+
+def _no_parts(folder: Path) -> Finding:
+    """CKP201 for a folder without subfolders of a pipeline, naming what it holds."""
+    files = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", *_PICKLES)))
+    got = f"no {'/, '.join(FILES)}/ in it"
+    if (folder / "config.json").is_file():
+        got += "; it is the folder of one part (it holds a config.json)"
+    if files:
+        got += f"; it holds {', '.join(files[:3])}"
+        try:
+            shapes = {name: entry.shape for name, entry in read_header(folder / files[0]).tensors.items()}
+            got += f" ({recognise(shapes).name})"
+        except BadFile as bad:
+            got += f" ({bad.what})"
+    return Finding(
+        "CKP201",
+        "error",
+        f"model.pretrained: {folder}",
+        got,
+        "a diffusers folder",
+        _CONVERT,
+        "Give the folder above the parts.",
+    )

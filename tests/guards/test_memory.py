@@ -1,0 +1,67 @@
+"""The estimate counts what lives at once, and a device that is too small is refused with a change that helps."""
+
+from __future__ import annotations
+
+import torch
+
+from svdtune.guards.memory import GIB, Estimate, LiveStorages, check_memory
+from svdtune.guards.preflight import Options, run_preflight
+from svdtune.guards.shapes import rehearse
+
+
+def test_live_storages_counts_what_lives_at_once():
+    with LiveStorages() as storages:
+        one = torch.zeros(1000)
+        view = one[:10].view(2, 5)
+        two = one + 1
+        assert (storages.live, storages.peak) == (8000, 8000)
+        del two
+        three = torch.ones(500)
+        assert (storages.live, storages.peak) == (6000, 8000)
+    del one, three
+    assert storages.live == 4000
+    del view
+    assert storages.live == 0
+
+
+def test_checkpointing_and_fewer_frames_lower_the_peak(tiny):
+    plain, recomputed, shorter = (
+        rehearse(tiny(f"memory.checkpointing={mode}", f"data.num_frames={frames}")).needed
+        for mode, frames in (("none", 8), ("diffusers", 8), ("none", 4))
+    )
+    assert recomputed.step < plain.step
+    assert shorter.step < plain.step
+    assert plain.weights == recomputed.weights == shorter.weights
+
+
+def test_optimizer_and_average_are_counted(tiny):
+    adamw, with_ema, lora = (rehearse(tiny(*o)).needed for o in ([], ["train.ema=true"], ["adapt.method=lora"]))
+    assert adamw.optimizer == 8 * adamw.trained_parameters
+    assert with_ema.optimizer == 12 * adamw.trained_parameters
+    assert lora.optimizer < adamw.optimizer / 2
+
+
+def test_a_device_that_is_large_enough_is_silent(tiny):
+    assert check_memory(tiny(), Estimate(1, 1, 1, 1), 3) == []
+    assert check_memory(tiny(), Estimate(1, 1, 1, 1), None) == []
+
+
+def test_the_sentence_and_the_change(tiny):
+    [found] = check_memory(tiny("memory.checkpointing=none"), Estimate(2 * GIB, GIB, 5 * GIB, 7), 4 * GIB)
+    assert found.code == "MEM701"
+    assert found.got == (
+        "about 8.0 GiB in one process: 2.0 GiB of weights, 1.0 GiB of optimizer state, 5.0 GiB for the step at its peak"
+    )
+    assert found.expected == "at most 4.0 GiB, the device's memory"
+    assert found.patch == ("memory.checkpointing=diffusers",)
+
+
+def test_the_change_is_proved_or_dropped(tiny):
+    """Between the peaks with and without recomputation the change helps; below both it does not."""
+    config = tiny("memory.checkpointing=none")
+    plain, recomputed = (rehearse(tiny(f"memory.checkpointing={m}")).needed.peak for m in ("none", "diffusers"))
+    [helped] = run_preflight(config, Options(device_bytes=(plain + recomputed) // 2)).findings
+    assert helped.patch == ("memory.checkpointing=diffusers",)
+    assert helped.verified
+    [hopeless] = run_preflight(config, Options(device_bytes=recomputed // 10)).findings
+    assert (hopeless.patch, hopeless.verified) == ((), False)

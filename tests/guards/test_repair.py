@@ -1,0 +1,57 @@
+"""`--fix`: the verified changes in the YAML, comments and order kept, nothing overwritten by accident."""
+
+from __future__ import annotations
+
+import pytest
+
+from svdtune.config.load import load_config
+from svdtune.errors import ConfigError, UsageError
+from svdtune.guards.repair import write_repaired
+
+TEXT = """# my run
+model:
+  pretrained: tiny   # the base
+data:
+  num_frames: 8   # as the base
+  height: 64
+train:
+  # slow and steady
+  lr: 1e-4
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_comments_order_and_other_values_stay(source, tmp_path):
+    target = tmp_path / "out.yaml"
+    write_repaired(source, target, ["data.num_frames=5", "conditioning.bridge=linear", "validation.sigmas=[0.5, 2.0]"])
+    text = target.read_text()
+    assert text.startswith(TEXT.replace("num_frames: 8 ", "num_frames: 5 "))
+    loaded = load_config(target)
+    assert (loaded.data.num_frames, loaded.conditioning.bridge, loaded.validation.sigmas) == (5, "linear", [0.5, 2.0])
+    assert loaded.train.lr == 1e-4
+    assert source.read_text() == TEXT
+
+
+def test_another_file_is_never_overwritten(source, tmp_path):
+    target = tmp_path / "out.yaml"
+    target.write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.yaml exists already; give another name"):
+        write_repaired(source, target, ["data.num_frames=5"])
+    assert target.read_text() == "mine"
+
+
+def test_the_file_itself_may_be_changed_in_place(source):
+    write_repaired(source, source, ["data.num_frames=5"])
+    assert load_config(source).data.num_frames == 5
+
+
+def test_a_result_that_would_not_load_is_not_written(source, tmp_path):
+    with pytest.raises(ConfigError, match="num_frames"):
+        write_repaired(source, tmp_path / "out.yaml", ["data.num_frames=1"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.yaml"]

@@ -1,0 +1,174 @@
+"""The rehearsed step: silent on sound code, and a broken conditioning or step is told by field, module and repair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from svdtune.contracts import ModelFacts
+from svdtune.diffusion import conditioning
+from svdtune.guards import shapes
+from svdtune.guards.shapes import distinct_axes, rehearse
+from svdtune.trainer import step
+
+ids, predict, unet_input = conditioning.added_time_ids, step.predict, conditioning.unet_input
+
+
+def only(config):
+    [finding] = rehearse(config).findings
+    return finding
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["adapt.method=lora"], ["adapt.method=temporal", "memory.checkpointing=diffusers"]]
+)
+def test_a_sound_step_has_no_findings_and_an_estimate(tiny, overrides):
+    rehearsal = rehearse(tiny(*overrides))
+    assert rehearsal.findings == []
+    assert rehearsal.needed is not None
+    assert rehearsal.needed.step > 0
+
+
+def test_one_time_id_is_told_by_its_field(tiny, monkeypatch):
+    monkeypatch.setattr(conditioning, "added_time_ids", lambda *a: ids(*a)[:, :1])
+    found = only(tiny())
+    assert (found.code, found.where, found.got) == ("SHP402", "UNetInput.added_time_ids", "(1, 1)")
+    assert found.expected.startswith("(b m) = (1, 3)")
+    assert found.fix == "Its 3 columns are fps - 1, motion_bucket_id, noise_aug_strength."
+    assert "flattened" in found.why
+
+
+@pytest.mark.parametrize(
+    ("code", "field", "change", "fix"),
+    [
+        (
+            "SHP403",
+            "encoder_hidden_states",
+            lambda x: x.squeeze(1),
+            "An axis of size 1 is missing: .unsqueeze(1) would match.",
+        ),
+        (
+            "SHP403",
+            "encoder_hidden_states",
+            lambda x: x.repeat(8, 1, 1),
+            "It has one row per frame; one row per clip is wanted",
+        ),
+        ("SHP403", "encoder_hidden_states", lambda x: torch.cat([x, x]), "Axis 0 is twice as long"),
+        ("SHP404", "sample", lambda x: x[:, :, :4], "Axis 2 is too short: .repeat_interleave(2, dim=2) would match."),
+        (
+            "SHP404",
+            "sample",
+            lambda x: torch.cat([x, x[:, :, :1]], 2),
+            "Axis 2 is too long: .narrow(2, 0, 8) would match.",
+        ),
+        (
+            "SHP404",
+            "sample",
+            lambda x: x.permute(0, 1, 2, 4, 3),
+            "Axes are swapped: .permute(0, 1, 2, 4, 3) would match.",
+        ),
+        ("SHP401", "timestep", lambda x: x.half(), ""),
+    ],
+)
+def test_each_repair_is_named(tiny, monkeypatch, code, field, change, fix):
+    """The change sits in the conditioning: training's own check and preflight see the same."""
+    from dataclasses import replace
+
+    def broken(*args):
+        made = unet_input(*args)
+        return replace(made, **{field: change(getattr(made, field))})
+
+    monkeypatch.setattr(conditioning, "unet_input", broken)
+    found = only(tiny())
+    assert (found.code, found.where) == (code, f"UNetInput.{field}")
+    assert found.fix.startswith(fix)
+
+
+def test_what_bypasses_the_table_is_found_at_the_network(tiny, monkeypatch):
+    def ids_of_one_column(parts, given):
+        return parts.unet(given.sample, given.timestep, encoder_hidden_states=given.encoder_hidden_states,
+                          added_time_ids=given.added_time_ids[:, :1], return_dict=False)[0].float()  # fmt: skip
+
+    monkeypatch.setattr(step, "predict", ids_of_one_column)
+    assert only(tiny("train.precision=no")).where == "UNetInput.added_time_ids"
+
+
+def test_a_failure_inside_a_network_names_module_and_what_it_takes(tiny, monkeypatch):
+    monkeypatch.setattr(conditioning, "clip_pixels", lambda frame, clip: torch.zeros(len(frame), 5, 224, 224))
+    found = only(tiny())
+    assert found.code == "SHP401"
+    assert found.where == "image_encoder.vision_model.embeddings.patch_embedding"
+    assert found.expected == "axis 1 = 3 (in_channels)"
+    assert "Conv2d was given (1, 5, 224, 224)" in found.got
+
+
+def test_a_linear_layer_speaks_as_with_real_tensors(tiny, monkeypatch):
+    def wide(parts, given):
+        return parts.unet.add_embedding(torch.zeros(1, 32)) + predict(parts, given)
+
+    monkeypatch.setattr(step, "predict", wide)
+    found = only(tiny("train.precision=no"))
+    assert found.where == "unet.add_embedding.linear_1"
+    assert "mat1 and mat2 shapes cannot be multiplied (1x32 and" in found.got
+    assert found.why.startswith("It is fed by UNetInput.added_time_ids.")
+
+
+def test_axes_of_equal_length_cannot_hide(tiny, monkeypatch):
+    """Height and width mixed up, at a square size: the user's sizes pass, the distinct ones do not."""
+    monkeypatch.setattr(step, "predict", lambda parts, given: predict(parts, given).transpose(3, 4))
+    found = only(tiny("data.width=64"))
+    assert found.code == "SHP405"
+    assert found.where == "Prediction.model_output"
+    assert "equally long" in found.why
+
+
+def test_a_failure_only_in_backward(tiny, monkeypatch):
+    def in_place(parts, given):
+        out = torch.sigmoid(predict(parts, given))
+        kept = out * out
+        out.add_(1)
+        return kept
+
+    monkeypatch.setattr(step, "predict", in_place)
+    found = only(tiny())
+    assert (found.code, found.where) == ("SHP401", "backward pass")
+    assert "modified by an inplace operation" in found.got
+
+
+def test_a_value_read_on_the_host_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(step, "predict", lambda parts, given: predict(parts, given) * given.timestep[0].item())
+    assert "a value is read on the host" in only(tiny()).got
+
+
+def test_parameters_without_a_gradient_are_counted(tiny, monkeypatch):
+    def cut(parts, given):
+        return predict(parts, given).detach() + parts.unet.conv_out.bias.sum()
+
+    monkeypatch.setattr(step, "predict", cut)
+    found = only(tiny())
+    assert found.code == "SHP406"
+    assert "trained parameters get no gradient (conv_in.weight, ...)" in found.got
+
+
+def test_half_precision_trained_parameters(tiny, monkeypatch):
+    adapt = shapes.adapt
+
+    def halved(unet, *args, **keywords):
+        trained = adapt(unet, *args, **keywords)
+        for parameter in trained.values():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        return trained
+
+    monkeypatch.setattr(shapes, "adapt", halved)
+    found = rehearse(tiny("train.precision=bf16")).findings[0]
+    assert (found.code, found.expected) == ("NUM601", "float32")
+    assert "trained parameters are bfloat16" in found.got
+
+
+def test_the_probe_sizes_are_all_different():
+    facts = ModelFacts(c=3, z=4, f=8, d=1024, m=3, num_frames=14, clip_size=224, scaling_factor=0.18215)
+    axes = distinct_axes(facts)
+    latents = [axes["h"] // 8, axes["w"] // 8]
+    sizes = [axes["b"], axes["t"], axes["c"], axes["z"], 2 * axes["z"], axes["d"], *latents, axes["h"], axes["w"]]
+    assert len(set(sizes)) == len(sizes)
+    assert axes["b"] == 2
