@@ -208,9 +208,13 @@ def inspect(
 
 @app.command(epilog=_EXPLAIN_EXAMPLES)
 def explain(
-    target: Annotated[str, typer.Argument(metavar="[FILE|-|CODE|MESSAGE]", help="An error text, or a rule's code.")] = "-",
+    target: Annotated[
+        str, typer.Argument(metavar="[FILE|-|CODE|MESSAGE]", help="An error text, or a rule's code.")
+    ] = "-",
     config: Annotated[Path | None, typer.Option(help="YAML of the run, for its model's own numbers.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; no findings when unknown.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on stdout; no findings when unknown.")
+    ] = False,
 ) -> None:
     """The cause of an error, from a traceback, a log or a bare message."""
     from svdtune.guards.explain.verb import explain_verb

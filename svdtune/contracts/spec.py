@@ -95,7 +95,9 @@ def _check_one(where: str, value: Tensor, spec: TensorSpec, axes: Axes) -> Misma
     expected = spec.shape(axes)
     got = tuple(value.shape)
     if got != expected:
-        return Mismatch(where, f"({spec.axes}) = {expected}", str(got), spec.meaning, _repair(got, expected, spec, axes))
+        return Mismatch(
+            where, f"({spec.axes}) = {expected}", str(got), spec.meaning, _repair(got, expected, spec, axes)
+        )
     dtype = str(value.dtype).removeprefix("torch.")
     if spec.dtype not in (dtype, "float") or (spec.dtype == "float" and not value.dtype.is_floating_point):
         return Mismatch(where, spec.dtype, dtype, spec.meaning, "")
@@ -120,7 +122,9 @@ def _repair(got: tuple[int, ...], expected: tuple[int, ...], spec: TensorSpec, a
 
 def _other_rank(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
     if prod(got) == prod(expected):
-        return f"It has {len(got)} axes instead of {len(expected)}; .reshape{expected} would match if the order is kept."
+        return (
+            f"It has {len(got)} axes instead of {len(expected)}; .reshape{expected} would match if the order is kept."
+        )
     return f"It has {len(got)} axes instead of {len(expected)}."
 
 

@@ -138,6 +138,16 @@ _CONFIGURATION: tuple[Rule, ...] = (
     Rule("CFG114", "preflight.ignore names no rule",
          "The code is that of no rule, so nothing is silenced.",
          "Take the code from the report."),
+    Rule("CFG115", "a bridge where none is needed",
+         "conditioning.bridge trains a new projection between the image encoder and the UNet. Where their widths are equal it would "
+         "only put noise between two parts that were trained together.",
+         "Leave conditioning.bridge out."),
+    Rule("CFG116", "nothing to validate on",
+         "Held-out loss and sample videos were asked for, and no clip is held out to make them from.",
+         "Set data.holdout above 0, give validation.images, or switch validation off."),
+    Rule("CFG117", "no parameter would be trained",
+         "The method or the targets of `adapt` match nothing that can learn in this UNet, or only dead layers.",
+         "Choose another adapt.method or other adapt.targets."),
 )
 
 _CHECKPOINT: tuple[Rule, ...] = (
@@ -199,6 +209,13 @@ _CHECKPOINT: tuple[Rule, ...] = (
          "conv_in gets zeros for the conditioning latents, missing temporal layers start so that they change nothing. Both learn only "
          "with a method that trains them.",
          "adapt.method=full; or take SVD's own weights and set model.on_mismatch=error."),
+    Rule("CKP221", "a checkpoint of this run is damaged",
+         "A file of it is missing or shorter than its manifest says: copied while it was written, or cut by a full disk.",
+         "Restore it from a copy, or remove it so that an older one is used."),
+    Rule("CKP220", "CLIP's picture statistics are not CLIP's",
+         "image_mean and image_std normalise the first frame for the image encoder; every CLIP of SVD's kind has the same three "
+         "numbers each, and no shape shows others.",
+         "Copy feature_extractor/preprocessor_config.json from the release."),
     Rule("CKP219", "the feature extractor's config is missing",
          "It holds the mean and standard deviation that CLIP's pictures are normalised with.",
          "Copy feature_extractor/preprocessor_config.json from the release."),
@@ -260,6 +277,9 @@ _DATA: tuple[Rule, ...] = (
     Rule("DAT310", "too few files to hold one out",
          "With one usable file there is no held-out loss, and samples start from what is trained on.",
          "Add a file, or set validation.clips=0."),
+    Rule("DAT311", "the loader's batch is not what the step takes",
+         "The first clips were read as training reads them, and shape, dtype or range differ from the table.",
+         "The finding names the field and the repair; mend the loader or the transform."),
     Rule("DAT350", "clips of one batch differ in shape",
          "A batch is stacked: all its clips need the same frames, height and width.",
          "Sample a fixed number of frames by time, and crop to a fixed size."),
@@ -294,6 +314,14 @@ _SHAPES: tuple[Rule, ...] = (
          "At the sizes of the configuration the step passes, at sizes that are all different it fails: two axes have the same "
          "length here and are mixed up, so training would run and learn nonsense.",
          "Mend the code that the finding names; no setting of the configuration makes swapped axes right."),
+    Rule("SHP407", "what is drawn for a clip is not what the step takes",
+         "Noise level, noises and dropout masks are drawn per clip by `diffusion/draws.py`; one of them has another shape, dtype or "
+         "is not finite, and the first step would stop.",
+         "One noise level per clip, noises of the latents' shape, masks of 0 and 1, all float32."),
+    Rule("SHP408", "trainable parameters and the trained set differ",
+         "Some parameters require a gradient and are not handed to the optimizer, or the reverse: they would cost memory and never "
+         "move, or be saved without having learned.",
+         "Let `adapt` alone decide which parameters require a gradient."),
     Rule("SHP406", "a trained parameter gets no gradient",
          "After the backward pass some trained parameters have none: they are not used in the loss, or the way to them is cut by a "
          "detach or no_grad. They would never learn, and DDP would stop or hang.",
@@ -376,6 +404,10 @@ _MEMORY: tuple[Rule, ...] = (
     Rule("MEM701", "the step does not fit into the device",
          "The peak of all tensors alive during forward, backward and optimizer step exceeds the memory of the device.",
          "Fewer frames, a smaller size, LoRA instead of full training, or gradient checkpointing."),
+    Rule("MEM702", "this machine cannot run it",
+         "No GPU is visible, and the step needs more memory than this machine has. That is expected where a laptop checks a run "
+         "for a rented card.",
+         "Run it on the card, or check against its memory with `svdtune preflight CONFIG --gpu 24GiB`."),
 )
 
 _RANKS: tuple[Rule, ...] = (
@@ -399,6 +431,17 @@ _RANKS: tuple[Rule, ...] = (
 
 RULES: dict[str, Rule] = {
     rule.code: rule
-    for block in (_ENVIRONMENT, _CONFIGURATION, _CHECKPOINT, _DATA, _SHAPES, _MODULES, _SEMANTICS, _PRECISION, _MEMORY, _RANKS)
+    for block in (
+        _ENVIRONMENT,
+        _CONFIGURATION,
+        _CHECKPOINT,
+        _DATA,
+        _SHAPES,
+        _MODULES,
+        _SEMANTICS,
+        _PRECISION,
+        _MEMORY,
+        _RANKS,
+    )
     for rule in block
 }

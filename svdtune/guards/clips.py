@@ -74,6 +74,17 @@ def check_clips(config: Config, *, exhaustive: bool = False) -> list[Finding]:
     return [*_check_files(config, exhaustive), *_images(config)]
 
 
+def _first_batch(config: Config, seen: _Seen) -> list[Finding]:
+    from svdtune.guards.batch import check_batch
+    from svdtune.guards.table import facts_of
+
+    facts = facts_of(config)
+    files = [index for index in seen.indexes if seen.fits(index)][:2]
+    if facts is None or not files or config.data.height % facts.f or config.data.width % facts.f:
+        return []  # said by the stages config and checkpoint
+    return check_batch(config, facts, files)
+
+
 def _check_files(config: Config, exhaustive: bool) -> list[Finding]:
     data = config.data
     try:
@@ -87,7 +98,8 @@ def _check_files(config: Config, exhaustive: bool) -> list[Finding]:
     found = [*_unreadable(seen), *_slow(seen), *_short(seen)]
     if not seen.usable():
         found = [_no_clips(seen), *(replace(finding, severity="error") for finding in found)]
-    return [*found, *_aspect(seen), *_small(seen), *_decord(seen), *_copies(seen), *_nothing_held_out(config, seen)]
+    return [*found, *_aspect(seen), *_small(seen), *_decord(seen), *_copies(seen), *_nothing_held_out(config, seen),
+            *_first_batch(config, seen)]  # fmt: skip
 
 
 def sample(paths: Sequence[Path], data: Data) -> list[Path]:

@@ -83,9 +83,11 @@ def estimate(config: Config, networks: Iterable[torch.nn.Module], trained: Itera
 
 
 def check_memory(config: Config, needed: Estimate, device_bytes: int | None) -> list[Finding]:
-    """MEM701: the step does not fit into `device_bytes` (None: this machine's GPU, if it has one)."""
+    """MEM701: the step does not fit into `device_bytes` (None: this machine's GPU). MEM702: no GPU, and not into its memory."""
     available = _gpu_bytes() if device_bytes is None else device_bytes
-    if available is None or needed.peak <= available:
+    if available is None:
+        return _on_cpu(needed)
+    if needed.peak <= available:
         return []
     fix, patch = _smaller(config)
     return [
@@ -96,6 +98,22 @@ def check_memory(config: Config, needed: Estimate, device_bytes: int | None) -> 
             "Training would stop with an out-of-memory error in its first steps. Most of the step is activations, which "
             "grow with batch x frames x height x width.",
             fix, patch,
+        )
+    ]  # fmt: skip
+
+
+def _on_cpu(needed: Estimate) -> list[Finding]:
+    """A laptop that checks a run for a larger machine is told, not refused."""
+    import psutil
+
+    host = psutil.virtual_memory().total
+    if needed.peak <= host:
+        return []
+    return [
+        Finding(
+            "MEM702", "warning", "memory", f"about {_gib(needed.peak)} in one process, and no GPU is visible",
+            f"at most {_gib(host)}, this machine's memory", "Started here it would train on the CPU and be killed.",
+            "Check against the card that the run is for: svdtune preflight CONFIG --gpu 24GiB.",
         )
     ]  # fmt: skip
 

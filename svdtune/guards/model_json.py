@@ -57,6 +57,8 @@ def check_json(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> list[Fin
         findings += _clip(folder / FILES["image_encoder"], parts["image_encoder"])
     if "vae" in parts:
         findings += _scaling(folder / FILES["vae"], parts["vae"])
+    if "feature_extractor" in parts:
+        findings += _pictures(folder / FILES["feature_extractor"], parts["feature_extractor"])
     if "scheduler" in parts:
         findings += _scheduler(folder / FILES["scheduler"], parts["scheduler"])
     return findings
@@ -203,6 +205,34 @@ def _scaling(path: Path, config: Mapping[str, Any]) -> list[Finding]:
             "CKP217", "error", f"{path}: scaling_factor", str(got), str(released["scaling_factor"]), why, _FROM_RELEASE
         )
     ]
+
+
+def _pictures(path: Path, config: Mapping[str, Any]) -> list[Finding]:
+    """CKP220: mean and standard deviation of CLIP's pictures; every CLIP of SVD's kind has the same."""
+    released = shipped("feature_extractor")
+    wrong = [key for key in ("image_mean", "image_std") if not _close(config.get(key), released[key])]
+    if not wrong:
+        return []
+    numbers = all(_numbers(config.get(key), len(released[key])) for key in wrong)
+    why = "The first frame is normalised with them before CLIP sees it: " + (
+        "with others the embedding is of a picture with shifted colours, without an error."
+        if numbers
+        else "without three numbers each nothing can be normalised."
+    )
+    return [
+        Finding(
+            "CKP220", "error", f"{path}: {', '.join(wrong)}", ", ".join(str(config.get(key, "missing")) for key in wrong),
+            ", ".join(str(released[key]) for key in wrong), why, _FROM_RELEASE,
+        )
+    ]  # fmt: skip
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(isinstance(item, int | float) for item in value)
+
+
+def _close(value: Any, expected: list[float]) -> bool:
+    return _numbers(value, len(expected)) and all(abs(a - b) < 1e-4 for a, b in zip(value, expected, strict=True))
 
 
 def _scheduler(path: Path, config: Mapping[str, Any]) -> list[Finding]:

@@ -19,7 +19,7 @@ from svdtune.model.facts import SHIPPED, ModelConfigs, local_folder, read_config
 _DEAD = re.compile(r"(^|\.)attn2\.to_[qk]$")
 _WIDE = 320
 """Channels of SVD's first level; a narrower UNet stands other learning rates, and was not trained as SVD was."""
-_FULL_LR, _LORA_LR = 1e-3, 1e-2
+_FULL_LR, _LORA_LR, _ANY_LR = 1e-3, 1e-2, 0.1
 _FPS, _MOTION = (5, 30), (1, 255)
 """What SVD was trained with (sgm's sampling script and paper)."""
 
@@ -29,7 +29,7 @@ def check_settings(config: Config) -> list[Finding]:
     configs = local_configs(config)
     found = [
         *_dead_targets(config), *_repeated_clips(config), *_resume(config), *_null_branch(config), *_noise_aug(config),
-        *_unknown_codes(config),
+        *_unknown_codes(config), *_nothing_to_validate(config),
     ]  # fmt: skip
     if configs is not None:
         of_model = (_sizes, _frames, _learning_rate, _noise_levels, _micro_conditions)
@@ -191,8 +191,9 @@ def _resume(config: Config) -> list[Finding]:
     return [
         Finding(
             "CFG108", "warning" if moved else "error", "run.name", f"this config: {this}", f"as {folder} was trained: {was}",
-            "The same run.name resumes the run. Its checkpoint holds the trained parameters of that run, which are of another "
-            "model, number or shape" + (", unless the two paths hold the same weights." if moved else "."),
+            "The same run.name resumes the run. Its checkpoint holds the trained parameters and the optimizer state of that run, "
+            "which are of another model, number or shape"
+            + (", unless the two paths hold the same weights." if moved else "."),
             f"Set run.name={free} to start a new run, or restore {was}.", (f"run.name={free}",),
         )
     ]  # fmt: skip
@@ -200,7 +201,7 @@ def _resume(config: Config) -> list[Finding]:
 
 def _identity_keys(config: Config, before: Mapping[str, Any]) -> list[str]:
     """Options that decide which parameters are trained; of LoRA's only where both runs use it."""
-    keys = ["model.pretrained", "adapt.method", "conditioning.bridge"]
+    keys = ["model.pretrained", "adapt.method", "conditioning.bridge", "train.optimizer"]
     old = before.get("adapt") or {}
     if config.adapt.method == old.get("method") == "lora":
         keys += ["adapt.rank", "adapt.dora"]
@@ -248,12 +249,13 @@ def _free_name(runs: Path, name: str) -> str:
 def _learning_rate(config: Config, configs: ModelConfigs) -> list[Finding]:
     lora = config.adapt.method == "lora"
     limit, usual = (_LORA_LR, 1e-4) if lora else (_FULL_LR, 1e-5)
-    if not _svd_sized(configs) or config.train.lr < limit or config.train.optimizer == "adafactor":
+    limit, usual = (limit, usual) if _svd_sized(configs) else (_ANY_LR, 1e-3)
+    if config.train.lr < limit or config.train.optimizer == "adafactor":
         return []
     return [
         Finding(
             "CFG109", "warning", "train.lr", f"{config.train.lr:g}", f"below {limit:g} with adapt.method={config.adapt.method}",
-            "Adam moves every trained number by about the learning rate in each step, and weights of an SVD-sized UNet are "
+            "Adam moves every trained number by about the learning rate in each step, and weights of a trained UNet are "
             "around 0.02: a few dozen such steps leave nothing of the base.",
             f"Set train.lr={usual:g}.", (f"train.lr={usual:g}",),
         )
@@ -329,6 +331,22 @@ def _micro_conditions(config: Config, configs: ModelConfigs) -> list[Finding]:
                     f"Set data.{key}={usual}.", (f"data.{key}={usual}",))
         )  # fmt: skip
     return found
+
+
+def _nothing_to_validate(config: Config) -> list[Finding]:
+    validation = config.validation
+    samples = validation.samples > 0 and not validation.images
+    if config.data.holdout > 0 or not (samples or validation.clips):
+        return []
+    lost = [name for name, asked in (("held-out loss", validation.clips), ("sample videos", samples)) if asked]
+    patch = [*(["validation.clips=0"] if validation.clips else []), *(["validation.samples=0"] if samples else [])]
+    return [
+        Finding(
+            "CFG116", "warning", "data.holdout", "0: no clip is held out", "clips to validate on, or validation switched off",
+            f"There is nothing to make {' and '.join(lost)} from, so progress would not be seen.",
+            "Set data.holdout=0.1, or say that you want it so.", tuple(patch),
+        )
+    ]  # fmt: skip
 
 
 def _unknown_codes(config: Config) -> list[Finding]:

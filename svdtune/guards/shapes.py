@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
 from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
-from svdtune.errors import SvdtuneError
+from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
 from svdtune.guards.memory import Estimate, LiveStorages, estimate
+from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
-from svdtune.guards.told import told
+from svdtune.guards.told import plain, told
 from svdtune.model.adapt import adapt
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
@@ -51,8 +53,12 @@ def rehearse(config: Config) -> Rehearsal:
             return Rehearsal(missed)
         with stage(config, model) as built:
             return _run_both(config, built)
-    except SvdtuneError as error:
-        return Rehearsal([Finding("SHP401", "error", "model", str(error))])
+    except ConfigError as error:
+        return Rehearsal([Finding("CFG117", "error", "adapt", str(error), patch=error.patch)])
+    except ModelError as error:
+        return Rehearsal([Finding("CKP201", "error", "model.pretrained", str(error))])
+    except Exception as error:  # whatever building raises here it would raise when training begins
+        return Rehearsal([Finding("SHP401", "error", "model", f"the networks cannot be built: {plain(error)}")])
 
 
 def fake_step(config: Config) -> None:
@@ -117,16 +123,20 @@ def _layers(unet: nn.Module) -> list[str]:
 
 
 def _run_both(config: Config, built: Built) -> Rehearsal:
-    findings = _precision(built.trained)
+    findings = [*_precision(built.trained), *_trained_set(built), *check_resume(config, built.trained)]
     facts = built.parts.facts
-    with LiveStorages() as storages:
-        findings += _attempt(built, user_axes(config, facts))
-        if findings:
-            return Rehearsal(findings)
+    with LiveStorages() as storages, SameDtype():
+        failed = _attempt(built, user_axes(config, facts))
+    if failed:
+        return Rehearsal([*findings, *failed])
     findings += _without_gradient(built.trained)
     networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
     needed = estimate(config, networks, built.trained.values(), storages.peak)
-    hidden = _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
+    hidden = (
+        []
+        if findings
+        else _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
+    )
     findings += [replace(finding, code="SHP405", why=f"{_HIDDEN} {finding.why}".strip()) for finding in hidden]
     return Rehearsal(findings, needed)
 
@@ -162,6 +172,37 @@ def _precision(trained: dict[str, nn.Parameter]) -> list[Finding]:
             "Cast only frozen parameters to the compute dtype (svdtune/model/adapt.py:adapt does).",
         )
     ]  # fmt: skip
+
+
+def _trained_set(built: Built) -> list[Finding]:
+    """SHP408: what requires a gradient is what is handed to the optimizer."""
+    learning = {name for name, parameter in built.parts.unet.named_parameters() if parameter.requires_grad}
+    if not (different := learning ^ built.trained.keys()):
+        return []
+    more = ", ..." if len(different) > 1 else ""
+    return [
+        Finding(
+            "SHP408", "error", min(different), f"{len(learning)} parameters require a gradient, {len(built.trained)} are trained: "
+            f"{len(different)} are in one set only ({min(different)}{more})", "the same parameters",
+            "Those would get gradients and never move, or be saved without having learned.",
+            "Let svdtune/model/adapt.py:adapt alone decide which parameters require a gradient.",
+        )
+    ]  # fmt: skip
+
+
+class SameDtype(TorchDispatchMode):
+    """Products and convolutions of tensors of two dtypes, which fake tensors let pass, raise as real ones do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _PRODUCTS:
+            dtypes = [argument.dtype for argument in args if isinstance(argument, torch.Tensor)]
+            if len(set(dtypes)) > 1:
+                first, other = dtypes[0], next(dtype for dtype in dtypes if dtype != dtypes[0])
+                raise RuntimeError(f"input and weight should have the same dtype, but got {first} and {other}")
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = {getattr(torch.ops.aten, name) for name in ("convolution", "mm", "addmm", "bmm", "baddbmm")}
 
 
 def _without_gradient(trained: dict[str, nn.Parameter]) -> list[Finding]:

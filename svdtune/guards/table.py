@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from svdtune.config.schema import Config
 from svdtune.contracts import ModelFacts
-from svdtune.errors import ModelError
+from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
 from svdtune.model.facts import (
     SHIPPED,
@@ -14,6 +14,7 @@ from svdtune.model.facts import (
     local_folder,
     model_facts,
     read_configs,
+    require_useful_bridge,
 )
 
 _CODES = {"time_ids": "SHP402", "clip_width": "SHP403", "in_channels": "SHP404", "out_channels": "SHP404"}
@@ -44,12 +45,32 @@ def check_table(config: Config) -> list[Finding] | None:
         found = contradictions(configs, bridge=config.conditioning.bridge is not None) if configs else None
     except ModelError:
         return None
-    return None if found is None else [_finding(item) for item in found]
+    if found is None or configs is None:
+        return None
+    return [*map(_finding, found), *(_useless_bridge(configs) if config.conditioning.bridge else [])]
+
+
+def _useless_bridge(configs: ModelConfigs) -> list[Finding]:
+    try:
+        require_useful_bridge(configs)
+    except ConfigError as error:
+        got = str(error).removeprefix("conditioning.bridge: ")
+        return [Finding("CFG115", "error", "conditioning.bridge", got, fix="Leave it out.", patch=error.patch)]
+    return []
 
 
 def _finding(item: Contradiction) -> Finding:
     fix, patch = _fix(item.kind)
-    return Finding(_CODES[item.kind], "error", item.where, item.got, item.expected, f"{item.why[:1].upper()}{item.why[1:]}.", fix, patch)
+    return Finding(
+        _CODES[item.kind],
+        "error",
+        item.where,
+        item.got,
+        item.expected,
+        f"{item.why[:1].upper()}{item.why[1:]}.",
+        fix,
+        patch,
+    )
 
 
 def _fix(kind: str) -> tuple[str, tuple[str, ...]]:

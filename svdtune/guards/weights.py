@@ -186,7 +186,7 @@ def _part(folder: Path, part: str, weights: Weights, config: Mapping[str, Any] |
     got = {name: entry.shape for name, entry in tensors.items()}
     try:
         expected = expected_shapes(part, config)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
         why = "No network can be built from this config."
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return [

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.files import load_json, save_json
+from svdtune.checkpoint.manifest import read_manifest
 from svdtune.checkpoint.optimizer import load_optimizer, save_optimizer
 from svdtune.checkpoint.store import find_latest, publish
 from svdtune.errors import CheckpointError
@@ -125,8 +126,23 @@ def _find(session: Session) -> tuple[Path | None, list[str]]:
     found: list[Any] = [None]
     if session.accelerator.is_main_process:
         latest = find_latest(session.folder.checkpoints)
-        found = [(latest.folder, list(latest.skipped))]
-    return broadcast_object_list(found)[0]
+        found = [(latest.folder, list(latest.skipped), _other_base(session, latest.folder))]
+    folder, skipped, problem = broadcast_object_list(found)[0]
+    if problem:
+        raise CheckpointError(problem)
+    return folder, skipped
+
+
+def _other_base(session: Session, folder: Path | None) -> str:
+    """A sentence when the checkpoint was trained on another base than this run loaded, or nothing."""
+    recorded = read_manifest(folder).conventions.get("base", {}).get("unet_sha256") if folder else None
+    loaded = session.conventions["base"]["unet_sha256"]
+    if recorded in (None, loaded):
+        return ""
+    return (
+        f"model.pretrained: the UNet of {session.config.model.pretrained} has sha256 {loaded[:16]}…, {folder} was trained on "
+        f"{recorded[:16]}…. Trained weights act only on their own base: restore it, or set another run.name to start anew."
+    )
 
 
 def _trainer_json(session: Session, position: Position) -> dict[str, Any]:

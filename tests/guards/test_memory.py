@@ -46,6 +46,16 @@ def test_a_device_that_is_large_enough_is_silent(tiny):
     assert check_memory(tiny(), Estimate(1, 1, 1, 1), None) == []
 
 
+def test_a_machine_without_a_gpu_is_told(tiny, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [found] = check_memory(tiny(), Estimate(2**60, 1, 1, 1), None)
+    assert (found.code, found.severity) == ("MEM702", "warning")
+    assert "no GPU is visible" in found.got
+    assert found.expected == f"at most {psutil.virtual_memory().total / GIB:.1f} GiB, this machine's memory"
+
+
 def test_the_sentence_and_the_change(tiny):
     [found] = check_memory(tiny("memory.checkpointing=none"), Estimate(2 * GIB, GIB, 5 * GIB, 7), 4 * GIB)
     assert found.code == "MEM701"

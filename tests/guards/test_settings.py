@@ -223,7 +223,7 @@ def test_a_learning_rate_that_destroys_the_base():
     assert (full.code, full.severity, full.got, full.patch) == ("CFG109", "warning", "0.001", ("train.lr=1e-05",))
     assert full.expected == "below 0.001 with adapt.method=full"
     assert only("train.lr=1e-2").patch == ("train.lr=0.0001",)
-    assert check("train.lr=0.5", config="tiny") == []
+    assert check("train.lr=0.05", config="tiny") == []
 
 
 def test_guidance_without_dropout():
@@ -255,6 +255,19 @@ def test_micro_conditions_beyond_training(key, value, usual):
     assert (found.code, found.severity, found.got) == ("CFG113", "warning", value)
     assert found.patch == (f"data.{key}={usual}",)
     assert check(f"data.{key}={value}", config="tiny") == []
+
+
+def test_nothing_held_out_and_validation_asked_for():
+    found = only("data.holdout=0", "data.root=gone")
+    assert (found.code, found.where) == ("CFG116", "data.holdout")
+    assert found.why == "There is nothing to make held-out loss and sample videos from, so progress would not be seen."
+    assert check(*found.patch, "data.holdout=0") == []
+    assert check("data.holdout=0", "validation.clips=0", "validation.images=[a.png]") == []
+
+
+def test_a_rate_that_destroys_any_model():
+    assert only("train.lr=0.5", config="tiny").code == "CFG109"
+    assert check("train.lr=0.05", config="tiny") == []
 
 
 def test_a_code_that_is_no_rule():

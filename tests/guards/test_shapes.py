@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svdtune.contracts import ModelFacts
 from svdtune.diffusion import conditioning
 from svdtune.guards import shapes
-from svdtune.guards.shapes import distinct_axes, rehearse
+from svdtune.guards.shapes import SameDtype, distinct_axes, rehearse
 from svdtune.trainer import step
 
 ids, predict, unet_input = conditioning.added_time_ids, step.predict, conditioning.unet_input
@@ -163,6 +164,44 @@ def test_half_precision_trained_parameters(tiny, monkeypatch):
     found = rehearse(tiny("train.precision=bf16")).findings[0]
     assert (found.code, found.expected) == ("NUM601", "float32")
     assert "trained parameters are bfloat16" in found.got
+
+
+def test_a_frozen_set_that_is_not_the_trained_one(tiny, monkeypatch):
+    adapt = shapes.adapt
+
+    def without_biases(unet, *args, **keywords):
+        return {name: p for name, p in adapt(unet, *args, **keywords).items() if not name.endswith("bias")}
+
+    monkeypatch.setattr(shapes, "adapt", without_biases)
+    found = only(tiny())
+    assert found.code == "SHP408"
+    assert "are in one set only (add_embedding.linear_1.bias, ...)" in found.got
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Linear(3, 4, bias=False)])
+def test_tensors_of_two_dtypes_raise_as_real_ones_do(layer):
+    """A fake convolution without bias would let them pass."""
+    pixels = {"Conv2d": (1, 3, 5, 5), "Linear": (5, 3)}[type(layer).__name__]
+    with FakeTensorMode(allow_non_fake_inputs=True), SameDtype():
+        layer(torch.zeros(pixels))
+        with pytest.raises(RuntimeError, match="same dtype"):
+            layer(torch.zeros(pixels, dtype=torch.float16))
+
+
+def test_a_method_that_matches_nothing(tiny, monkeypatch):
+    from svdtune.errors import ConfigError
+
+    def nothing(*args, **keywords):
+        raise ConfigError("adapt.method=spatial matches no parameter of this UNet, so nothing would be trained.")
+
+    monkeypatch.setattr(shapes, "adapt", nothing)
+    found = only(tiny())
+    assert (found.code, found.where) == ("CFG117", "adapt")
+
+
+def test_a_model_that_cannot_be_built(tiny, monkeypatch):
+    monkeypatch.setattr(shapes, "clip_pixels", lambda model: model["nothing"])
+    assert only(tiny()).got.startswith("the networks cannot be built: TypeError")
 
 
 def test_the_probe_sizes_are_all_different():

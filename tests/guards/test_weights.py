@@ -167,6 +167,21 @@ def shard(folder):
     return files
 
 
+@pytest.mark.parametrize(
+    ("remove", "changes", "got", "why"),
+    [
+        ((), {"image_mean": [0.485, 0.456, 0.406]}, "[0.485, 0.456, 0.406]", "shifted colours"),
+        ((), {"image_std": [0.5]}, "[0.5]", "without three numbers each nothing can be normalised"),
+        (("image_mean",), {}, "missing", "without three numbers each"),
+    ],
+)
+def test_picture_statistics_that_are_not_clips(folder, remove, changes, got, why):
+    edit(folder / "feature_extractor" / "preprocessor_config.json", remove, **changes)
+    found = only(folder)
+    assert (found.code, found.severity, found.got) == ("CKP220", "error", got)
+    assert why in found.why
+
+
 def test_shards(folder):
     files = shard(folder)
     assert check(folder) == []

@@ -1,0 +1,76 @@
+"""One real batch: the user's first clips through the loader and the draws that training uses, against the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from svdtune.config.schema import Config
+from svdtune.contracts import Draws, Mismatch, ModelFacts, VideoBatch, check
+from svdtune.data.index import VideoIndex
+from svdtune.errors import SvdtuneError
+from svdtune.guards.findings import Finding
+
+_BYTES = 2**28
+"""Two clips are read where they fit into this, one where they do not: a laptop must stay under a GiB."""
+_EDGE = 1e-3
+"""Rounding of the resize beyond [-1, 1]."""
+
+
+def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) -> list[Finding]:
+    """DAT311: the loader's batch is not what `train_step` takes. SHP407: what is drawn for it is not."""
+    from svdtune.data.loader import make_loader
+    from svdtune.diffusion.draws import make_draws
+
+    data = config.data
+    clip_bytes = 4 * facts.c * data.num_frames * data.height * data.width
+    b = 2 if config.train.batch_size > 1 and 2 * clip_bytes <= _BYTES else 1
+    axes = facts.axes(b=b, t=data.num_frames, h=data.height, w=data.width)
+    loader = make_loader(
+        replace(data, workers=0),
+        files,
+        seed=config.run.seed,
+        rank=0,
+        world=1,
+        batch_size=b,
+        first_sample=0,
+        last_sample=b,
+    )
+    try:
+        batch = next(loader)
+    except SvdtuneError as error:
+        return [Finding("DAT311", "error", "data.root", str(error))]
+    if wrong := [_record("DAT311", mismatch) for mismatch in check(batch, axes)]:
+        return wrong
+    draws = make_draws(
+        batch.sample.tolist(), axes, seed=config.run.seed, objective=config.objective, conditioning=config.conditioning
+    )
+    return [*_values(batch), *(_record("SHP407", mismatch) for mismatch in check(draws, axes)), *_finite(draws)]
+
+
+def _record(code: str, mismatch: Mismatch) -> Finding:
+    why = "It is made by the training's own loader and draws; `train_step` would refuse it in the first step."
+    return Finding(
+        code, "error", mismatch.where, mismatch.got, f"{mismatch.expected}, {mismatch.meaning}", why, mismatch.hint
+    )
+
+
+def _values(batch: VideoBatch) -> list[Finding]:
+    low, high = float(batch.pixels.min()), float(batch.pixels.max())
+    if low >= -1 - _EDGE and high <= 1 + _EDGE:  # also false for NaN
+        return []
+    return [
+        Finding(
+            "DAT311", "error", "VideoBatch.pixels", f"values from {low:g} to {high:g} in {', '.join(batch.names)}",
+            "values in [-1, 1]", "The VAE was trained on pixels from -1 to 1; others give latents that mean nothing.",
+            "Scale bytes by pixels / 127.5 - 1 (svdtune/data/transform.py does).",
+        )
+    ]  # fmt: skip
+
+
+def _finite(draws: Draws) -> list[Finding]:
+    return [
+        Finding("SHP407", "error", f"Draws.{name}", "values that are not finite", "finite numbers",
+                "Loss and gradients would be NaN in the first step.")
+        for name, value in vars(draws).items() if not bool(value.isfinite().all())
+    ]  # fmt: skip

@@ -1,0 +1,73 @@
+"""A checkpoint of this run that would not fit, or is damaged, is told before the run starts; a sound one is silent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from svdtune.errors import CheckpointError
+from svdtune.guards.preflight import Options, run_preflight
+from svdtune.trainer.run import train
+
+QUICK = (
+    "train.steps=1",
+    "train.warmup=0",
+    "validation.clips=0",
+    "validation.samples=0",
+    "adapt.method=lora",
+    "adapt.rank=4",
+)
+
+
+@pytest.fixture
+def trained(tiny):
+    """A run of one step, and the same configuration with other options."""
+    train(tiny(*QUICK), config_text="")
+    return lambda *overrides: tiny(*QUICK, "train.steps=2", *overrides)
+
+
+def checkpoint(config) -> Path:
+    return Path(config.run.dir) / config.run.name / "checkpoints" / "step-00000001"
+
+
+def findings(config):
+    return [f for f in run_preflight(config, Options(only="shapes")).findings]
+
+
+def test_a_run_that_goes_on_is_silent(trained):
+    assert run_preflight(trained("train.lr=2e-4")).findings == []
+
+
+def test_other_targets_are_told_by_counting(trained):
+    config = trained("adapt.targets=[attn1.to_q]")
+    [found] = findings(config)
+    assert (found.code, found.severity, found.where) == ("CFG108", "error", "run.name")
+    assert "of them not as saved" in found.got
+    assert found.expected.endswith("lora.safetensors")
+    with pytest.raises(CheckpointError):
+        train(config, config_text="")
+
+
+def test_a_cut_checkpoint_is_told(trained):
+    path = checkpoint(trained()) / "lora.safetensors"
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    [found] = findings(trained())
+    assert (found.code, found.severity) == ("CKP221", "error")
+    assert found.got == f"{path}: {whole - 100} bytes, its manifest says {whole} bytes"
+    assert "No checkpoint of this run is left" in found.why
+
+
+def test_another_base_is_told_and_refused(trained):
+    config = trained()
+    path = checkpoint(config) / "MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    manifest["conventions"]["base"]["unet_sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    [found] = findings(config)
+    assert (found.code, found.where) == ("CFG108", "model.pretrained")
+    assert found.expected.startswith("0000000000000000…, which ")
+    with pytest.raises(CheckpointError, match="Trained weights act only on their own base"):
+        train(config, config_text="")
