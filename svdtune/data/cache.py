@@ -22,14 +22,14 @@ import numpy as np
 from svdtune.data.index import Orientation, VideoIndex
 
 _log = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 """Raise it whenever `index_video` would answer something else for the same file."""
 _SETTLED_NS = 2_000_000_000
 """A file that changed this recently may change again within one tick of the file system's clock, unseen."""
 _BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile)
 """What reading a file raises that is not one of ours, or is cut."""
 _PLAIN = (
-    "width", "height", "pixel_aspect", "has_edit_list", "has_leading_pictures", "container", "codec", "pixel_format", "colorspace",
+    "width", "height", "pixel_aspect", "has_edit_list", "has_leading_pictures", "interlaced", "container", "codec", "pixel_format", "colorspace",
 )  # fmt: skip
 
 

@@ -71,6 +71,16 @@ def find_videos(root: Path | str) -> list[Path]:
     return sorted(found)
 
 
+def linked_folders(root: Path | str) -> list[Path]:
+    """Folders below `root` that are links, and so left out by `find_videos` with all they hold."""
+    return [
+        Path(folder, name)
+        for folder, folders, _ in os.walk(_expanded(root))
+        for name in sorted(folders)
+        if not name.startswith(".") and Path(folder, name).is_symlink()
+    ]
+
+
 def scan(data: Data) -> Catalog:
     """Index every file under `data.root`, leave out what cannot give a clip, and split.
 

@@ -66,6 +66,8 @@ class VideoIndex:
     """Packets exist that a player does not show."""
     has_leading_pictures: bool
     """Open groups of pictures: frames shown before the keyframe they are stored behind."""
+    interlaced: bool
+    """The first picture is stored as two half pictures of different times."""
     container: str
     codec: str
     pixel_format: str
@@ -126,6 +128,7 @@ def index_video(path: Path) -> VideoIndex:
         orientation=orientation,
         has_edit_list=packets.has_edit_list,
         has_leading_pictures=packets.has_leading_pictures,
+        interlaced=bool(frame.interlaced_frame),
         container=name,
         codec=codec,
         pixel_format=frame.format.name,

@@ -45,7 +45,12 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
     draws = make_draws(
         batch.sample.tolist(), axes, seed=config.run.seed, objective=config.objective, conditioning=config.conditioning
     )
-    return [*_values(batch), *(_record("SHP407", mismatch) for mismatch in check(draws, axes)), *_finite(draws)]
+    return [
+        *_values(batch),
+        *(_record("SHP407", mismatch) for mismatch in check(draws, axes)),
+        *_finite(draws),
+        *_same(draws),
+    ]
 
 
 def _record(code: str, mismatch: Mismatch) -> Finding:
@@ -65,6 +70,21 @@ def _values(batch: VideoBatch) -> list[Finding]:
             "values in [-1, 1]", "The VAE was trained on pixels from -1 to 1; others give latents that mean nothing.",
             "Scale bytes by pixels / 127.5 - 1 (svdtune/data/transform.py does).",
         )
+    ]  # fmt: skip
+
+
+def _same(draws: Draws) -> list[Finding]:
+    """Noise that two clips share, or that one clip has twice."""
+    pairs = [
+        (f"Draws.{name}", value[0], value[1])
+        for name, value in vars(draws).items()
+        if "noise" in name and len(value) > 1
+    ]
+    pairs.append(("Draws.noise and Draws.posterior_noise", draws.noise, draws.posterior_noise))
+    why = "Each clip has noise of its own, drawn from (seed, sample number): shared noise makes the gradients of a batch alike."
+    return [
+        Finding("SHP407", "error", where, "the same numbers twice", "independent draws", why)
+        for where, one, other in pairs if one.shape == other.shape and bool((one == other).all())
     ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from math import ceil, floor
 from pathlib import Path
 
 from svdtune.config.schema import Config, Data
-from svdtune.data.catalog import find_videos, index_files, split
+from svdtune.data.catalog import linked_folders, find_videos, index_files, split
 from svdtune.data.clips import latest_start
 from svdtune.data.index import VideoIndex
 from svdtune.data.readers import decord_objection
@@ -99,7 +99,7 @@ def _check_files(config: Config, exhaustive: bool) -> list[Finding]:
     if not seen.usable():
         found = [_no_clips(seen), *(replace(finding, severity="error") for finding in found)]
     return [*found, *_aspect(seen), *_small(seen), *_decord(seen), *_copies(seen), *_nothing_held_out(config, seen),
-            *_first_batch(config, seen)]  # fmt: skip
+            *_interlaced(seen), *_links(data), *_first_batch(config, seen)]  # fmt: skip
 
 
 def sample(paths: Sequence[Path], data: Data) -> list[Path]:
@@ -336,6 +336,27 @@ def _nothing_held_out(config: Config, seen: _Seen) -> list[Finding]:
             "Add a file, or say that you want it so: validation.clips=0.", ("validation.clips=0",),
         )
     ]  # fmt: skip
+
+
+def _interlaced(seen: _Seen) -> list[Finding]:
+    files = [index for index in seen.indexes if index.interlaced]
+    if not files:
+        return []
+    why = "Each picture holds two half pictures of different times: moving edges are combs, and the model would learn them."
+    fix = "Deinterlace with ffmpeg (-vf bwdif=mode=send_frame)."
+    return [
+        Finding("DAT312", "warning", seen.where(files), f"interlaced: {seen.share(files)}", "whole pictures", why, fix)
+    ]
+
+
+def _links(data: Data) -> list[Finding]:
+    links = linked_folders(data.root)
+    if not links:
+        return []
+    names = ", ".join(map(str, links[:_NAMED])) + (", ..." if len(links) > _NAMED else "")
+    why = "Linked folders are not followed, so no clip in them is used."
+    fix = "Move the clips there, or give the folder that is linked to as data.root."
+    return [Finding("DAT313", "warning", str(links[0]), f"{len(links)} linked folder(s): {names}", "folders", why, fix)]
 
 
 def _images(config: Config) -> list[Finding]:

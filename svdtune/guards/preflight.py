@@ -118,7 +118,8 @@ class _Run:
 
         rehearsal = rehearse(config)
         self._needed = rehearsal.needed
-        return [*found, *rehearsal.findings]
+        known = {finding.code for finding in self.findings} & {"CFG108", "CKP201"}
+        return [*found, *(finding for finding in rehearsal.findings if finding.code not in known)]
 
     def _memory(self, config: Config) -> list[Finding] | None:
         if self.options.only:

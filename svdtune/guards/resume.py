@@ -27,7 +27,23 @@ def check_resume(config: Config, trained: Mapping[str, Any]) -> list[Finding]:
     problems = {folder: problem for folder in folders if (problem := _damage(folder))}
     whole = next((folder for folder in folders if folder not in problems), None)
     found = [_damaged(folder, problem, whole) for folder, problem in problems.items()]
-    return [*found, *([*_other_parameters(config, whole, trained), *_other_base(config, whole)] if whole else [])]
+    if whole:
+        found += [*_other_parameters(config, whole, trained), *_other_base(config, whole), *_finished(config, whole)]
+    return found
+
+
+def _finished(config: Config, folder: Path) -> list[Finding]:
+    step = read_manifest(folder).step
+    if step < config.train.steps:
+        return []
+    return [
+        Finding(
+            "CFG120", "warning", "run.name", f"{config.run.name}, whose newest checkpoint is at step {step}",
+            f"a run below train.steps = {config.train.steps}",
+            "The same run.name goes on where it stands, so nothing would be trained.",
+            "Raise train.steps to train longer, or set another run.name for new clips or options.",
+        )
+    ]  # fmt: skip
 
 
 def _other_base(config: Config, folder: Path) -> list[Finding]:

@@ -29,7 +29,7 @@ def check_settings(config: Config) -> list[Finding]:
     configs = local_configs(config)
     found = [
         *_dead_targets(config), *_repeated_clips(config), *_resume(config), *_null_branch(config), *_noise_aug(config),
-        *_unknown_codes(config), *_nothing_to_validate(config),
+        *_unknown_codes(config), *_nothing_to_validate(config), *_run_among_clips(config), *_mostly_held_out(config),
     ]  # fmt: skip
     if configs is not None:
         of_model = (_sizes, _frames, _learning_rate, _noise_levels, _micro_conditions)
@@ -345,6 +345,31 @@ def _nothing_to_validate(config: Config) -> list[Finding]:
             "CFG116", "warning", "data.holdout", "0: no clip is held out", "clips to validate on, or validation switched off",
             f"There is nothing to make {' and '.join(lost)} from, so progress would not be seen.",
             "Set data.holdout=0.1, or say that you want it so.", tuple(patch),
+        )
+    ]  # fmt: skip
+
+
+def _run_among_clips(config: Config) -> list[Finding]:
+    run, root = (Path(path).expanduser().absolute() for path in (config.run.dir, config.data.root))
+    if not run.is_relative_to(root):
+        return []
+    return [
+        Finding(
+            "CFG118", "warning", "run.dir", str(config.run.dir), f"a folder outside data.root = {config.data.root}",
+            "data.root is searched with all its folders: when the run goes on, its own sample videos would be taken for clips.",
+            "Set run.dir=runs, or another folder beside the clips.",
+        )
+    ]  # fmt: skip
+
+
+def _mostly_held_out(config: Config) -> list[Finding]:
+    if config.data.holdout <= 0.5:
+        return []
+    return [
+        Finding(
+            "CFG119", "warning", "data.holdout", f"{config.data.holdout:g}: more files held out than trained on", "at most 0.5",
+            "data.holdout is the share kept away from training, not the share to train on.", "Set data.holdout=0.1.",
+            ("data.holdout=0.1",),
         )
     ]  # fmt: skip
 

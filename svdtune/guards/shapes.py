@@ -22,11 +22,11 @@ from svdtune.guards.findings import Finding
 from svdtune.guards.memory import Estimate, LiveStorages, estimate
 from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
-from svdtune.guards.told import plain, told
-from svdtune.model.adapt import adapt
+from svdtune.guards.told import plain, told, told_arguments
+from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
-from svdtune.trainer.build import DTYPES, clip_pixels
+from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
 from svdtune.trainer.step import Parts, train_step
 
 Record = TypeVar("Record")
@@ -79,11 +79,7 @@ class Built:
 def stage(config: Config, model: ModelParts) -> Iterator[Built]:
     """Everything `trainer/build.py` makes that the step needs, from the meta `model` to fake tensors."""
     dtype = DTYPES[config.train.precision]
-    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
-    model.unet.train()
-    if config.memory.checkpointing != "none":
-        model.unet.enable_gradient_checkpointing()
-    model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    trained = prepare_networks(model, config, recompute=True)
     with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
         # The parameters were replaced by fake ones of the same names.
         trained = {name: parameter for name, parameter in model.unet.named_parameters() if name in trained}
@@ -123,9 +119,14 @@ def _layers(unet: nn.Module) -> list[str]:
 
 
 def _run_both(config: Config, built: Built) -> Rehearsal:
-    findings = [*_precision(built.trained), *_trained_set(built), *check_resume(config, built.trained)]
+    findings = [
+        *_precision(built.trained),
+        *_trained_set(built),
+        *_of_method(config, built),
+        *check_resume(config, built.trained),
+    ]
     facts = built.parts.facts
-    with LiveStorages() as storages, SameDtype():
+    with LiveStorages() as storages, Strict():
         failed = _attempt(built, user_axes(config, facts))
     if failed:
         return Rehearsal([*findings, *failed])
@@ -146,11 +147,17 @@ _HIDDEN = "At the sizes of the configuration the step passes: two axes that are 
 
 def _attempt(built: Built, axes: Axes) -> list[Finding]:
     """One step; on failure the same step again, watched, to say where it failed."""
+    given: list[Finding] = []
+    hook = built.parts.unet.register_forward_pre_hook(
+        lambda _module, args, kwargs: given.extend(told_arguments(args, kwargs, axes)), prepend=True, with_kwargs=True
+    )
     try:
         _step(built, axes)
     except Exception as error:  # whatever the step raises here it would raise on the GPU
         return told(error, built.parts, axes, lambda: _step(built, axes, backward=False))
-    return []
+    finally:
+        hook.remove()
+    return given[:1]
 
 
 def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
@@ -174,6 +181,33 @@ def _precision(trained: dict[str, nn.Parameter]) -> list[Finding]:
     ]  # fmt: skip
 
 
+def _of_method(config: Config, built: Built) -> list[Finding]:
+    """SHP408: the trained parameters are of the kind that adapt.method names."""
+    parts, wanted = _KINDS.get(config.adapt.method, ((), True))
+    strange = (
+        [n for n in built.trained if n != WEIGHT and any(part in n for part in parts) is not wanted] if parts else []
+    )
+    if not strange:
+        return []
+    more = ", ..." if len(strange) > 1 else ""
+    return [
+        Finding(
+            "SHP408", "error", strange[0], f"{len(strange)} of {len(built.trained)} trained parameters ({strange[0]}{more})",
+            f"only what adapt.method={config.adapt.method} names", "The run would train another part of the model than asked for.",
+            "Mend svdtune/model/adapt.py: the method and the names it trains disagree.",
+        )
+    ]  # fmt: skip
+
+
+_TIME = ("temporal", "time_pos_embed", "mix_factor")
+_KINDS = {
+    "temporal": (_TIME, True),
+    "temporal_attention": (_TIME[:1], True),
+    "spatial": (_TIME, False),
+    "lora": (("lora_",), True),
+}
+
+
 def _trained_set(built: Built) -> list[Finding]:
     """SHP408: what requires a gradient is what is handed to the optimizer."""
     learning = {name for name, parameter in built.parts.unet.named_parameters() if parameter.requires_grad}
@@ -190,10 +224,14 @@ def _trained_set(built: Built) -> list[Finding]:
     ]  # fmt: skip
 
 
-class SameDtype(TorchDispatchMode):
-    """Products and convolutions of tensors of two dtypes, which fake tensors let pass, raise as real ones do."""
+class Strict(TorchDispatchMode):
+    """What fake tensors let pass raises: products of two dtypes, as real tensors do, and random numbers drawn inside the step."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and "dot_product" not in str(func):
+            raise RuntimeError(
+                f"{func} draws random numbers inside the step; everything random arrives in Draws, keyed by the sample"
+            )
         if func.overloadpacket in _PRODUCTS:
             dtypes = [argument.dtype for argument in args if isinstance(argument, torch.Tensor)]
             if len(set(dtypes)) > 1:

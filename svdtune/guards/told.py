@@ -53,7 +53,7 @@ def told(error: Exception, parts: Parts, axes: Axes, again: Callable[[], object]
     calls = _watched(parts, again)
     stack = [call for call in calls if not call.done]
     unet_call = next((call for call in stack if call.module is parts.unet), None)
-    wrong = _wrong_arguments(unet_call, axes) if unet_call else []
+    wrong = _wrong_arguments(unet_call.arguments, unet_call.keywords, axes) if unet_call else []
     if wrong:
         return [_field(mismatch) for mismatch in wrong]
     return [_module(stack[-1], error) if stack else _outside(error)]
@@ -97,13 +97,18 @@ def _watched(parts: Parts, again: Callable[[], object]) -> list[Call]:
     return []
 
 
-def _wrong_arguments(call: Call, axes: Axes) -> list[Mismatch]:
+def told_arguments(arguments: tuple[Any, ...], keywords: dict[str, Any], axes: Axes) -> list[Finding]:
+    """Findings for a call of the UNet that runs and is not given what the table says."""
+    return [_field(mismatch) for mismatch in _wrong_arguments(arguments, keywords, axes)]
+
+
+def _wrong_arguments(arguments: tuple[Any, ...], keywords: dict[str, Any], axes: Axes) -> list[Mismatch]:
     """Which of the UNet's arguments is not what the table says."""
-    given: list[Any] = [*call.arguments, *call.keywords.values()]
-    if len(call.arguments) < 2 or not {"encoder_hidden_states", "added_time_ids"} <= set(call.keywords):
+    given: list[Any] = [*arguments, *keywords.values()]
+    if len(arguments) < 2 or not {"encoder_hidden_states", "added_time_ids"} <= set(keywords):
         return []
     sample, timestep = given[:2]
-    record = UNetInput(sample, timestep, call.keywords["encoder_hidden_states"], call.keywords["added_time_ids"])
+    record = UNetInput(sample, timestep, keywords["encoder_hidden_states"], keywords["added_time_ids"])
     # The compute dtype was chosen on purpose; only shapes are in question here.
     return [m for m in check(record, axes) if m.expected.startswith("(")]
 

@@ -196,7 +196,7 @@ def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
         try:
             with safe_open(path, framework="pt") as file:
                 got |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError:
+        except (SafetensorError, OSError):
             return None  # strict loading says what is wrong with the file
     return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 

@@ -91,20 +91,15 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
     model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
-    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    trained = prepare_networks(model, config, recompute=accelerator.device.type != "cpu")
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
         if accelerator.is_main_process:
             print(*model.widening.said, sep="\n", file=sys.stderr)
-    if config.memory.checkpointing == "diffusers" or (
-        config.memory.checkpointing == "auto" and accelerator.device.type != "cpu"
-    ):
-        model.unet.enable_gradient_checkpointing()
     if config.memory.attention == "xformers":
         _use_xformers(model)
-    model.unet.to(accelerator.device).train()  # pyright: ignore[reportArgumentType]
-    model.vae.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    model.image_encoder.to(accelerator.device, dtype)  # pyright: ignore[reportCallIssue]
+    for network in (model.unet, model.vae, model.image_encoder):
+        network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     optimizer = make_optimizer(config.train, trained.values(), accelerator.device)
     ema = make_ema(config.train, trained.values())
     unet, wrapped = accelerator.prepare(model.unet, optimizer)
@@ -135,6 +130,20 @@ def _use_xformers(model: ModelParts) -> None:
         raise ConfigError(
             f"memory.attention: xformers cannot be used here ({reason}). Use memory.attention=sdpa."
         ) from error
+
+
+def prepare_networks(model: ModelParts, config: Config, *, recompute: bool) -> dict[str, nn.Parameter]:
+    """Adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
+
+    `recompute` is what memory.checkpointing=auto means here: true on an accelerator.
+    """
+    dtype = DTYPES[config.train.precision]
+    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    if config.memory.checkpointing == "diffusers" or (config.memory.checkpointing == "auto" and recompute):
+        model.unet.enable_gradient_checkpointing()
+    model.unet.train()
+    model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return trained
 
 
 def clip_pixels(model: ModelParts) -> ClipPixels:

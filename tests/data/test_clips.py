@@ -26,6 +26,7 @@ def index_of(seconds: list[float] | np.ndarray, *, ticks: int = 90000) -> VideoI
         orientation=Orientation(),
         has_edit_list=False,
         has_leading_pictures=False,
+        interlaced=False,
         container="mp4",
         codec="h264",
         pixel_format="yuv420p",

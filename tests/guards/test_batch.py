@@ -58,6 +58,15 @@ def test_draws_that_are_something_else(tiny, monkeypatch, name, change, got):
     assert (found.code, found.where, found.got) == ("SHP407", f"Draws.{name}", got)
 
 
+def test_noise_that_two_clips_share(tiny, monkeypatch):
+    first = draws.generator(0, 1)
+    monkeypatch.setattr(draws, "generator", lambda *_: first.clone_state())
+    found = check_clips(tiny("train.batch_size=2"))
+    assert {f.code for f in found} == {"SHP407"}
+    assert found[0].where == "Draws.noise"
+    assert found[0].got == "the same numbers twice"
+
+
 def test_the_training_uses_the_same_functions():
     """The batch is made by the loop's own loader and draws: nothing is built a second time."""
     from svdtune.trainer import loop

@@ -265,3 +265,21 @@ def test_a_sample_names_how_much_it_saw(root, monkeypatch):
         video(root, f"{number}.mp4", shade=number)
     (found,) = check(root, "data.height=192", "data.width=256")
     assert "2 of 2 files looked at (of 6; --all looks at every one): " in found.got
+
+
+def test_interlaced_files(root):
+    video(root, "3.mp4", shade=3)
+    write_video(root / "4.mp4", frames=20, options={"crf": "24", "x264-params": "tff=1:interlaced=1"})
+    [found] = check(root)
+    assert (found.code, found.severity, found.where) == ("DAT312", "warning", str(root / "4.mp4"))
+    assert found.got == "interlaced: 1 of 5 files: 4.mp4"
+    assert "combs" in found.why
+
+
+def test_clips_behind_a_linked_folder(root, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    video(elsewhere, "5.mp4", shade=5)
+    (root / "more").symlink_to(elsewhere)
+    [found] = check(root)
+    assert (found.code, found.where) == ("DAT313", str(root / "more"))
+    assert found.why == "Linked folders are not followed, so no clip in them is used."

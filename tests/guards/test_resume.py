@@ -60,6 +60,12 @@ def test_a_cut_checkpoint_is_told(trained):
     assert "No checkpoint of this run is left" in found.why
 
 
+def test_a_finished_run_is_told(trained):
+    [found] = findings(trained("train.steps=1"))
+    assert (found.code, found.severity) == ("CFG120", "warning")
+    assert "nothing would be trained" in found.why
+
+
 def test_another_base_is_told_and_refused(trained):
     config = trained()
     path = checkpoint(config) / "MANIFEST.json"

@@ -270,6 +270,20 @@ def test_a_rate_that_destroys_any_model():
     assert check("train.lr=0.05", config="tiny") == []
 
 
+def test_a_run_among_the_clips():
+    found = only("data.root=clips", "run.dir=clips/runs")
+    assert (found.code, found.where) == ("CFG118", "run.dir")
+    assert "its own sample videos would be taken for clips" in found.why
+    assert check("data.root=clips", "run.dir=clips-runs") == []
+
+
+def test_more_held_out_than_trained_on():
+    found = only("data.holdout=0.9")
+    assert (found.code, found.patch) == ("CFG119", ("data.holdout=0.1",))
+    assert found.got == "0.9: more files held out than trained on"
+    assert check("data.holdout=0.5") == []
+
+
 def test_a_code_that_is_no_rule():
     found = only("preflight.ignore=[CFG109,CFG1O4]")
     assert (found.code, found.got) == ("CFG114", "CFG1O4")

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svdtune.contracts import ModelFacts
 from svdtune.diffusion import conditioning
 from svdtune.guards import shapes
-from svdtune.guards.shapes import SameDtype, distinct_axes, rehearse
-from svdtune.trainer import step
+from svdtune.guards.shapes import Strict, distinct_axes, rehearse
+from svdtune.trainer import build, step
 
 ids, predict, unet_input = conditioning.added_time_ids, step.predict, conditioning.unet_input
 
@@ -152,7 +152,7 @@ def test_parameters_without_a_gradient_are_counted(tiny, monkeypatch):
 
 
 def test_half_precision_trained_parameters(tiny, monkeypatch):
-    adapt = shapes.adapt
+    adapt = build.adapt
 
     def halved(unet, *args, **keywords):
         trained = adapt(unet, *args, **keywords)
@@ -160,19 +160,19 @@ def test_half_precision_trained_parameters(tiny, monkeypatch):
             parameter.data = parameter.data.to(torch.bfloat16)
         return trained
 
-    monkeypatch.setattr(shapes, "adapt", halved)
+    monkeypatch.setattr(build, "adapt", halved)
     found = rehearse(tiny("train.precision=bf16")).findings[0]
     assert (found.code, found.expected) == ("NUM601", "float32")
     assert "trained parameters are bfloat16" in found.got
 
 
 def test_a_frozen_set_that_is_not_the_trained_one(tiny, monkeypatch):
-    adapt = shapes.adapt
+    adapt = build.adapt
 
     def without_biases(unet, *args, **keywords):
         return {name: p for name, p in adapt(unet, *args, **keywords).items() if not name.endswith("bias")}
 
-    monkeypatch.setattr(shapes, "adapt", without_biases)
+    monkeypatch.setattr(build, "adapt", without_biases)
     found = only(tiny())
     assert found.code == "SHP408"
     assert "are in one set only (add_embedding.linear_1.bias, ...)" in found.got
@@ -182,10 +182,45 @@ def test_a_frozen_set_that_is_not_the_trained_one(tiny, monkeypatch):
 def test_tensors_of_two_dtypes_raise_as_real_ones_do(layer):
     """A fake convolution without bias would let them pass."""
     pixels = {"Conv2d": (1, 3, 5, 5), "Linear": (5, 3)}[type(layer).__name__]
-    with FakeTensorMode(allow_non_fake_inputs=True), SameDtype():
+    with FakeTensorMode(allow_non_fake_inputs=True), Strict():
         layer(torch.zeros(pixels))
         with pytest.raises(RuntimeError, match="same dtype"):
             layer(torch.zeros(pixels, dtype=torch.float16))
+
+
+def test_random_numbers_inside_the_step(tiny, monkeypatch):
+    monkeypatch.setattr(step, "predict", lambda parts, given: predict(parts, given) + torch.randn(1))
+    assert "draws random numbers inside the step; everything random arrives in Draws" in only(tiny()).got
+
+
+def test_a_unet_that_is_asked_for_each_frame_alone(tiny, monkeypatch):
+    """It runs and gives the right shapes: only what the UNet was given shows it."""
+    from dataclasses import replace
+
+    def alone(parts, given):
+        frames = given.sample.shape[1]
+        parts_of = [predict(parts, replace(given, sample=given.sample[:, i : i + 1])) for i in range(frames)]
+        return torch.cat(parts_of, 1)
+
+    monkeypatch.setattr(step, "predict", alone)
+    found = only(tiny())
+    assert (found.code, found.where) == ("SHP404", "UNetInput.sample")
+    assert found.got == "(1, 1, 8, 8, 12)"
+
+
+@pytest.mark.parametrize("method", ["temporal", "temporal_attention", "spatial", "full", "lora"])
+def test_each_method_trains_what_it_names(tiny, monkeypatch, method):
+    assert rehearse(tiny(f"adapt.method={method}")).findings == []
+
+
+def test_a_method_that_trains_something_else(tiny, monkeypatch):
+    from svdtune.model import adapt as module
+
+    monkeypatch.setattr(module, "TEMPORAL", module.DEAD)
+    monkeypatch.setattr(module, "_learns", lambda name, method: "conv_in" in name)
+    found = only(tiny("adapt.method=temporal"))
+    assert (found.code, found.where) == ("SHP408", "conv_in.weight")
+    assert found.expected == "only what adapt.method=temporal names"
 
 
 def test_a_method_that_matches_nothing(tiny, monkeypatch):
@@ -194,7 +229,7 @@ def test_a_method_that_matches_nothing(tiny, monkeypatch):
     def nothing(*args, **keywords):
         raise ConfigError("adapt.method=spatial matches no parameter of this UNet, so nothing would be trained.")
 
-    monkeypatch.setattr(shapes, "adapt", nothing)
+    monkeypatch.setattr(build, "adapt", nothing)
     found = only(tiny())
     assert (found.code, found.where) == ("CFG117", "adapt")
 

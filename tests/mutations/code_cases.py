@@ -288,7 +288,7 @@ _REENTRANT = "__import__('functools').partial(torch.utils.checkpoint.checkpoint,
 
 INPUTS = [
     _code("CLIP's picture size doubled", "shape", "F10", "build.clip_pixels", ("model.facts.clip_size", "2 * model.facts.clip_size")),
-    _code("reentrant checkpointing with frozen inputs", "silent", "J15", "build.build",
+    _code("reentrant checkpointing with frozen inputs", "silent", "J15", "build.prepare_networks",
           ("enable_gradient_checkpointing()", f"enable_gradient_checkpointing({_REENTRANT})"),
           overrides=("memory.checkpointing=diffusers", "adapt.method=lora"), topic=("SHP", "SEM", "NUM", "DST")),
     _code("noise drawn with the batch axis inside", "shape", "I11", "draws.make_draws",
