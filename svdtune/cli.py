@@ -340,7 +340,11 @@ def _explained(config: Config) -> Iterator[None]:
     except Exception as error:
         from svdtune.guards.explain.report import explain_exception
 
-        if told := explain_exception(error, config):
+        try:
+            told = explain_exception(error, config)
+        except Exception as fault:  # a fault of the explainer must not hide the error it was asked about
+            told = f"(svdtune explain failed on this error: {type(fault).__name__}: {fault})"
+        if told:
             _clear_progress_line()
             print(f"{told}\n", file=sys.stderr)
         raise

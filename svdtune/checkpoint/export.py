@@ -175,7 +175,8 @@ def _base_weights(base: Base, part: str) -> dict[str, Tensor]:
     """All tensors of one part, shards merged."""
     suffix = f".{base.variant}.safetensors" if base.variant else ".safetensors"
     dots = 2 if base.variant else 1
-    paths = sorted(p for p in (base.folder / part).glob(f"*{suffix}") if p.name.count(".") == dots)
+    stem = Path(_WEIGHTS[part]).stem
+    paths = sorted(p for p in (base.folder / part).glob(f"{stem}*{suffix}") if p.name.count(".") == dots)
     if not paths:
         raise ModelError(
             f"{base.folder / part}: expected *{suffix} (model.variant={base.variant or 'null'}), got no such file: the base "

@@ -28,7 +28,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _require(
-            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            self.name.isprintable() and "/" not in self.name and self.name.strip() not in ("", ".", ".."),
             "run.name",
             self.name,
             "a plain folder name",
@@ -95,7 +95,7 @@ class Data:
                 f"data.{key}",
                 size,
                 f"a multiple of 8 from 16 up (nearest: {nearest}); the VAE would floor it silently",
-                (f"data.{key}={nearest}",),
+                (f"data.{key}={nearest}",) if size >= 16 else (),
             )
         _require(0.001 <= self.fps <= 240, "data.fps", self.fps, "in [0.001, 240]")
         _require(0 <= self.motion_bucket <= 1023, "data.motion_bucket", self.motion_bucket, "in [0, 1023]")

@@ -29,7 +29,8 @@ _SETTLED_NS = 2_000_000_000
 _BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile)
 """What reading a file raises that is not one of ours, or is cut."""
 _PLAIN = (
-    "width", "height", "pixel_aspect", "has_edit_list", "has_leading_pictures", "interlaced", "container", "codec", "pixel_format", "colorspace",
+    "width", "height", "pixel_aspect", "has_edit_list", "has_leading_pictures", "interlaced", "container", "codec",
+    "pixel_format", "colorspace",
 )  # fmt: skip
 
 
@@ -41,10 +42,12 @@ class Identity:
     """Bytes."""
     mtime_ns: int
     inode: int
+    ctime_ns: int
+    """A copy that keeps size and time changes this one."""
 
     def as_list(self) -> list[int]:
         """For JSON."""
-        return [self.size, self.mtime_ns, self.inode]
+        return [self.size, self.mtime_ns, self.inode, self.ctime_ns]
 
 
 def cache_folder() -> Path:
@@ -62,7 +65,7 @@ def identity(path: Path) -> Identity | None:
         return None
     if time.time_ns() - stat.st_mtime_ns < _SETTLED_NS:
         return None
-    return Identity(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return Identity(stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns)
 
 
 def load_indexes(root: Path, paths: Sequence[Path]) -> dict[Path, VideoIndex]:

@@ -13,10 +13,11 @@ from svdtune.config.load import load_config
 from svdtune.config.schema import Config
 from svdtune.errors import ConfigError, PreflightError, UsageError
 from svdtune.guards.findings import Report, Stage
-from svdtune.guards.preflight import Options, run_preflight, unreadable
+from svdtune.guards.preflight import Options, merged, run_preflight, unreadable
 from svdtune.guards.render import render, stage_line, summary
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?", re.IGNORECASE)
+_PATCHES = 8
 _UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
 
@@ -33,15 +34,11 @@ def preflight_verb(
     """Run, print, and return the exit code: 0, 2 for a configuration that cannot be read, 3 for errors found."""
     if path is None and only != "env":
         raise UsageError("preflight: no CONFIG; only `svdtune preflight --only env` works without one")
-    options = Options(only, exhaustive, parse_size(gpu) if gpu else None, _progress())
+    options = Options(only, exhaustive, None if gpu is None else parse_size(gpu), _progress())
     try:
         config = load_config(path, overrides) if path else None
     except ConfigError as error:
-        report, config, code = (
-            unreadable(error, _repaired(path, overrides, error), options),
-            None,
-            ConfigError.exit_code,
-        )
+        report, config, code = _unreadable(path, overrides, error, options), None, ConfigError.exit_code
     else:
         report = run_preflight(config, options)
         code = 0 if report.ok else PreflightError.exit_code
@@ -82,13 +79,16 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * _UNITS[(match[2] or "GiB").lower()])
 
 
-def _repaired(path: Path | None, overrides: Sequence[str], error: ConfigError) -> Config | None:
-    if path is None or not error.patch:
-        return None
-    try:
-        return load_config(path, [*overrides, *error.patch])
-    except ConfigError:
-        return None
+def _unreadable(path: Path | None, overrides: Sequence[str], error: ConfigError, options: Options) -> Report:
+    """Patch after patch until it loads, or until an error has none: the loader stops at the first error each time."""
+    errors, patches = [error], list(error.patch)
+    while path is not None and errors[-1].patch and len(errors) < _PATCHES:
+        try:
+            return unreadable(errors, load_config(path, [*overrides, *patches]), options)
+        except ConfigError as next_error:
+            errors.append(next_error)
+            patches += next_error.patch
+    return unreadable(errors, None, options)
 
 
 def _progress():
@@ -119,9 +119,10 @@ def _show(report: Report, *, only: str | None, as_json: bool) -> None:
 def _write_fix(source: Path, target: Path, overrides: Sequence[str], report: Report) -> None:
     from svdtune.guards.repair import write_repaired
 
-    changes = [override for finding in report.findings if finding.verified for override in finding.patch]
+    changes = merged([finding.patch for finding in report.findings if finding.verified])
     if not changes:
-        print(f"{target} was not written: no finding has a verified change", file=sys.stderr)
+        why = "no finding has a verified change" if report.findings else "there is nothing to repair"
+        print(f"{target} was not written: {why}", file=sys.stderr)
         return
     write_repaired(source, target, [*overrides, *changes])
     print(f"{target}: {source} with {' '.join([*overrides, *changes])}", file=sys.stderr)

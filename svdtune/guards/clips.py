@@ -10,7 +10,7 @@ from math import ceil, floor
 from pathlib import Path
 
 from svdtune.config.schema import Config, Data
-from svdtune.data.catalog import linked_folders, find_videos, index_files, split
+from svdtune.data.catalog import find_videos, index_files, linked_folders, split
 from svdtune.data.clips import latest_start
 from svdtune.data.index import VideoIndex
 from svdtune.data.readers import decord_objection

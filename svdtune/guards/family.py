@@ -223,7 +223,7 @@ def _lora(shapes: Shapes) -> Family | None:
         base = known.get(width, f"a base with cross-attention {width}")
     else:
         base = "unknown (no adapter of the cross-attention keys shows a width)"
-    ranks = sorted({shape[0] for shape in down.values()})
+    ranks = sorted({shape[0] for shape in down.values() if shape})
     return Family(
         "LoRA", naming, facts={"base": base, "ranks": ranks}, notes=(f"For {base}; it adds to a model and is none.",)
     )

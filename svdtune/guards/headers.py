@@ -97,7 +97,10 @@ def read_index(path: Path) -> list[str]:
     """File names that a sharded model's `*.safetensors.index.json` names, sorted. Raises BadFile."""
     try:
         weights = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return sorted(set(weights.values()))
+        names = sorted(set(weights.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError
+        return names
     except (ValueError, KeyError, TypeError, AttributeError):
         raise BadFile(path, "damaged", f"not an index of shards (a JSON object with `weight_map`). {_AGAIN}") from None
 
@@ -175,6 +178,8 @@ def _entries(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Entry], 
     for name, entry in content.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+                raise TypeError
             wrong = dtype in BYTES and prod(shape) * BYTES[dtype] != end - begin
         except (TypeError, KeyError, ValueError):
             raise BadFile(

@@ -67,11 +67,12 @@ class Estimate:
     def peak(self) -> int:
         return self.weights + self.optimizer + self.step
 
-    def as_json(self) -> dict[str, Any]:
-        """What `--json` and preflight.json show as `predicted`."""
+    def as_json(self, device: int | None = None) -> dict[str, Any]:
+        """What `--json` and preflight.json show as `predicted`; `device` is the memory it was held against."""
         shown = {"peak": self.peak, "weights": self.weights, "optimizer": self.optimizer, "step": self.step}
         gib = {f"{name}_gib": round(value / GIB, 3) for name, value in shown.items()}
-        return {**gib, "trained_parameters": self.trained_parameters}
+        against = {} if device is None else {"device_gib": round(device / GIB, 3)}
+        return {**gib, **against, "trained_parameters": self.trained_parameters}
 
 
 def estimate(config: Config, networks: Iterable[torch.nn.Module], trained: Iterable[Tensor], step: int) -> Estimate:
@@ -82,9 +83,14 @@ def estimate(config: Config, networks: Iterable[torch.nn.Module], trained: Itera
     return Estimate(sum(t.nbytes for t in tensors), count * state, step, count)
 
 
-def check_memory(config: Config, needed: Estimate, device_bytes: int | None) -> list[Finding]:
-    """MEM701: the step does not fit into `device_bytes` (None: this machine's GPU). MEM702: no GPU, and not into its memory."""
-    available = _gpu_bytes() if device_bytes is None else device_bytes
+def device_bytes(given: int | None) -> int | None:
+    """Memory of the device that the run is for: as given, else of this machine's GPU, else unknown."""
+    return _gpu_bytes() if given is None else given
+
+
+def check_memory(config: Config, needed: Estimate, given: int | None) -> list[Finding]:
+    """MEM701: the step does not fit into the device (see `device_bytes`). MEM702: no GPU, and not into this machine."""
+    available = device_bytes(given)
     if available is None:
         return _on_cpu(needed)
     if needed.peak <= available:
@@ -122,18 +128,18 @@ def _smaller(config: Config) -> tuple[str, tuple[str, ...]]:
     """The first change that keeps what is learned."""
     train = config.train
     if config.memory.checkpointing == "none":
-        return "recompute activations in the backward pass", ("memory.checkpointing=diffusers",)
+        return "Recompute activations in the backward pass (memory.checkpointing).", ("memory.checkpointing=diffusers",)
     if train.batch_size > 1:
         steps = train.accumulation * train.batch_size
         return (
-            "one clip at a time, with as many clips per update",
+            "Take one clip at a time, with as many clips per update (train.batch_size, train.accumulation).",
             ("train.batch_size=1", f"train.accumulation={steps}"),
         )
     if config.memory.vae_chunk > 1:
-        return "encode one frame at a time", ("memory.vae_chunk=1",)
+        return "Encode one frame at a time (memory.vae_chunk).", ("memory.vae_chunk=1",)
     if config.adapt.method != "lora":
-        return "train adapters instead of all weights", ("adapt.method=lora",)
-    return "fewer frames (data.num_frames) or smaller ones (data.height, data.width)", ()
+        return "Train adapters instead of all weights (adapt.method).", ("adapt.method=lora",)
+    return "Take fewer frames (data.num_frames) or smaller ones (data.height, data.width).", ()
 
 
 def _gpu_bytes() -> int | None:
@@ -141,4 +147,4 @@ def _gpu_bytes() -> int | None:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

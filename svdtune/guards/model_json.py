@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.guards.findings import Finding
-from svdtune.model.facts import CLASSES, FILES, IMAGE_UNET, PACKAGE
+from svdtune.model.facts import CLASSES, FILES, IMAGE_UNET, PACKAGE, class_name
 
 _FROM_RELEASE = "Copy the file from the model's own release."
 _DEFAULTS = {
@@ -101,7 +101,7 @@ def _absent(folder: Path, name: str, path: Path) -> Finding:
 
 def _wrong_class(name: str, content: Mapping[str, Any], path: Path) -> Finding | None:
     wanted = CLASSES.get(name)
-    got = content.get("_class_name") or next(iter(content.get("architectures") or []), wanted)
+    got = class_name(content) or wanted
     if wanted is None or got == wanted:
         return None
     if name == "scheduler":
@@ -146,7 +146,8 @@ def _unet_heads(path: Path, config: Mapping[str, Any]) -> list[Finding]:
     widths = config.get("block_out_channels", _DEFAULTS["unet"]["block_out_channels"])
     heads = config.get("num_attention_heads", _DEFAULTS["unet"]["num_attention_heads"])
     told = "" if "num_attention_heads" in config else " (the key is missing: class default)"
-    heads = [heads] * len(widths) if isinstance(heads, int) else heads
+    widths = widths if isinstance(widths, list) else [widths]
+    heads = [heads] * len(widths) if isinstance(heads, int) else heads if isinstance(heads, list) else [heads]
     if not all(isinstance(n, int) and n > 0 for n in [*widths, *heads]):
         got, expected = f"{heads} for widths {widths}", "whole numbers from 1 up"
         return [Finding("CKP213", "error", f"{path}: num_attention_heads", got, expected, fix=_FROM_RELEASE)]

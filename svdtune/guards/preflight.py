@@ -38,20 +38,28 @@ def run_preflight(config: Config | None, options: Options = Options()) -> Report
     report = _run(config, options)
     if config is None or not any(finding.patch for finding in report.findings):
         return report
-    return replace(report, findings=_verified(config, options, report.findings))
+    return replace(report, findings=_verified(config, options, report))
 
 
-def unreadable(error: ConfigError, repaired: Config | None, options: Options = Options()) -> Report:
-    """The report for a configuration that could not be loaded; `repaired` is it with `error.patch` applied, where that loads."""
-    fix = f"set {' '.join(error.patch)}" if error.patch else ""
-    finding = Finding(
-        "CFG101", "error", "configuration", str(error), fix=fix, patch=error.patch, verified=repaired is not None
-    )
+def unreadable(errors: Sequence[ConfigError], repaired: Config | None, options: Options = Options()) -> Report:
+    """The report for a configuration that could not be loaded: each error met while applying the patches of those before.
+
+    `repaired` is the configuration with all patches, where that loads; it is what the other stages look at.
+    """
+    findings = [_unreadable(error, repaired is not None) for error in errors]
     failed = Stage("load", 0.0, "failed")
     if repaired is None:
-        return Report([failed], [replace(finding, patch=())])
+        return Report([failed], findings)
     rest = run_preflight(repaired, options)
-    return replace(rest, stages=[failed, *rest.stages], findings=[finding, *rest.findings])
+    return replace(rest, stages=[failed, *rest.stages], findings=[*findings, *rest.findings])
+
+
+def _unreadable(error: ConfigError, repaired: bool) -> Finding:
+    where, _, got = str(error).partition(": ")
+    if not repaired or not error.patch:
+        return Finding("CFG101", "error", where, got)
+    fix = "Set the nearest value that is allowed; the other stages looked at the configuration with it."
+    return Finding("CFG101", "error", where, got, fix=fix, patch=error.patch, verified=True)
 
 
 def _run(config: Config | None, options: Options) -> Report:
@@ -110,6 +118,8 @@ class _Run:
         from svdtune.guards.table import check_table
 
         found = check_table(config)
+        if found is None and self.options.only:
+            return self._checkpoint(config)
         if found is None or any(finding.code == "CFG105" for finding in self.findings):
             return None  # an earlier stage says what is wrong with the model's configs or the targets
         if any(finding.severity == "error" for finding in found):
@@ -122,51 +132,61 @@ class _Run:
         return [*found, *(finding for finding in rehearsal.findings if finding.code not in known)]
 
     def _memory(self, config: Config) -> list[Finding] | None:
-        if self.options.only:
-            self._shapes(config)
+        found = self._shapes(config) if self.options.only else []
         if self._needed is None:
-            return None
+            return found or None
         from svdtune.guards.environment import check_disk
-        from svdtune.guards.memory import check_memory
+        from svdtune.guards.memory import check_memory, device_bytes
 
-        self.predicted = self._needed.as_json()
+        self.predicted = self._needed.as_json(device_bytes(self.options.device_bytes))
         return [
             *check_memory(config, self._needed, self.options.device_bytes),
             *check_disk(config, self._needed.trained_parameters),
         ]
 
 
-def _verified(config: Config, options: Options, findings: Sequence[Finding]) -> list[Finding]:
-    """Each patch marked verified, or dropped: first all together, then one by one if they spoil each other."""
-    options = replace(options, on_stage=None)
-    patches = [finding.patch for finding in findings if finding.patch]
-    before = {_identity(finding) for finding in findings}
-    together = _errors_with(config, options, _merged(patches))
-    spoiled = together is None or together - before
-    done = []
-    for finding in findings:
-        if finding.patch:
-            left = _errors_with(config, options, finding.patch) if spoiled and len(patches) > 1 else together
-            holds = left is not None and _identity(finding) not in left and not left - before
-            finding = replace(finding, verified=True) if holds else replace(finding, patch=())
-        done.append(finding)
-    return done
-
-
-def _errors_with(config: Config, options: Options, patch: Sequence[str]) -> set[tuple[str, str]] | None:
-    """Findings that remain with `patch` applied; None when the configuration is refused."""
-    try:
-        return {_identity(finding) for finding in _run(with_overrides(config, patch), options).findings}
-    except SvdtuneError:
-        return None
-
-
-def _merged(patches: Sequence[Sequence[str]]) -> list[str]:
+def merged(patches: Sequence[Sequence[str]]) -> list[str]:
     """One value for each key: the first finding that asks for it decides."""
     first: dict[str, str] = {}
     for override in (override for patch in patches for override in patch):
         first.setdefault(override.partition("=")[0], override)
     return list(first.values())
+
+
+def _verified(config: Config, options: Options, report: Report) -> list[Finding]:
+    """Each patch marked verified, or dropped: all together where they agree, else one by one."""
+    options = replace(options, on_stage=None)
+    patches = [finding.patch for finding in report.findings if finding.patch]
+    together = merged(patches)
+    after = _errors_with(config, options, together)
+    agree = after is not None and not _spoiled(report, after)
+    done = []
+    for finding in report.findings:
+        if finding.patch:
+            alone = len(patches) > 1 and not (agree and set(finding.patch) <= set(together))
+            seen = _errors_with(config, options, finding.patch) if alone else after
+            holds = (
+                seen is not None
+                and _identity(finding) not in map(_identity, seen.findings)
+                and not _spoiled(report, seen)
+            )
+            finding = replace(finding, verified=True) if holds else replace(finding, patch=())
+        done.append(finding)
+    return done
+
+
+def _errors_with(config: Config, options: Options, patch: Sequence[str]) -> Report | None:
+    """What is found with `patch` applied; None when the configuration is refused."""
+    try:
+        return _run(with_overrides(config, patch), options)
+    except SvdtuneError:
+        return None
+
+
+def _spoiled(before: Report, after: Report) -> bool:
+    """Whether a stage that passed before fails now; one that is reached for the first time may find what was hidden."""
+    was = {stage.name: stage.status for stage in before.stages}
+    return any(stage.status == "failed" and was[stage.name] == "ok" for stage in after.stages)
 
 
 def _identity(finding: Finding) -> tuple[str, str]:

@@ -27,7 +27,9 @@ def summary(report: Report) -> str:
     counts = {kind: sum(f.severity == kind for f in report.findings) for kind in ("error", "warning")}
     told = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count]
     peak = report.predicted.get("peak_gib")
-    needs = f"; needs about {peak:.1f} GiB of device memory in each process" if peak is not None else ""
+    device = report.predicted.get("device_gib")
+    of = f", of {device:.1f} GiB" if device is not None else ""
+    needs = f"; needs about {peak:.1f} GiB of device memory in each process{of}" if peak is not None else ""
     return f"preflight: {', '.join(told) or 'nothing found'}{needs}"
 
 
@@ -53,7 +55,7 @@ def block(finding: Finding) -> str:
     ]
     lines = [head, *(_row(name, text) for name, text in rows if text)]
     if finding.patch:
-        proof = "verified: the checks pass with it" if finding.verified else "not verified"
+        proof = "verified: with it this finding is gone" if finding.verified else "not verified"
         lines.append(_row("set", f"{' '.join(finding.patch)}   ({proof})"))
     return "\n".join(lines)
 

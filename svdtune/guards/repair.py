@@ -17,16 +17,20 @@ def write_repaired(source: Path, target: Path, overrides: Sequence[str]) -> None
     """
     if target.exists() and not target.samefile(source):
         raise UsageError(f"--fix: {target} exists already; give another name, or {source} itself to change it in place")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"--fix: there is no folder {target.parent} to write {target.name} in")
     from ruamel.yaml import YAML
 
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
-    tree = yaml.load(source.read_text(encoding="utf-8"))
+    tree = yaml.load(source.read_text(encoding="utf-8")) or {}
     for override in overrides:
         key, _, text = override.partition("=")
         section, _, option = key.partition(".")
-        tree.setdefault(section, {})[option] = _value(text)
+        if not tree.get(section):
+            tree[section] = {}
+        tree[section][option] = _value(text)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

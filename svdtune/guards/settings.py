@@ -178,7 +178,7 @@ def _resume(config: Config) -> list[Finding]:
         before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
         return []  # resume itself says what is wrong with a broken checkpoint
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or not all(isinstance(section, dict) for section in before.values()):
         return []
     now: dict[str, Any] = asdict(config)
     changed = [key for key in _identity_keys(config, before) if _value(before, key) != _value(now, key)]

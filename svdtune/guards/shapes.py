@@ -51,14 +51,17 @@ def rehearse(config: Config) -> Rehearsal:
         model = _fake(config)
         if missed := check_targets(config, _layers(model.unet)):
             return Rehearsal(missed)
-        with stage(config, model) as built:
-            return _run_both(config, built)
+        building = stage(config, model)
+        built = building.__enter__()
     except ConfigError as error:
         return Rehearsal([Finding("CFG117", "error", "adapt", str(error), patch=error.patch)])
     except ModelError as error:
         return Rehearsal([Finding("CKP201", "error", "model.pretrained", str(error))])
     except Exception as error:  # whatever building raises here it would raise when training begins
         return Rehearsal([Finding("SHP401", "error", "model", f"the networks cannot be built: {plain(error)}")])
+    with ExitStack() as leave:
+        leave.push(building.__exit__)
+        return _run_both(config, built)
 
 
 def fake_step(config: Config) -> None:
@@ -133,11 +136,7 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     findings += _without_gradient(built.trained)
     networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
     needed = estimate(config, networks, built.trained.values(), storages.peak)
-    hidden = (
-        []
-        if findings
-        else _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
-    )
+    hidden = _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
     findings += [replace(finding, code="SHP405", why=f"{_HIDDEN} {finding.why}".strip()) for finding in hidden]
     return Rehearsal(findings, needed)
 

@@ -14,10 +14,8 @@ from svdtune.guards.family import recognise
 from svdtune.guards.findings import Finding
 from svdtune.guards.headers import BadFile, Entry, read_header, read_index
 from svdtune.guards.model_json import check_json, read_jsons
-from svdtune.model.facts import FILES, TINY
+from svdtune.model.facts import FILES, SHIPPED, STEMS, TINY
 
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
-"""How diffusers and transformers call the weights of each part."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CONVERT = "svdtune reads diffusers folders (unet/, vae/, image_encoder/, scheduler/, feature_extractor/)."
@@ -39,20 +37,35 @@ class Weights:
 def check_weights(config: Config) -> list[Finding]:
     """CKP201-219 for `model.pretrained`; reads no tensor. A hub id that is not on this machine is a warning."""
     model = config.model
-    path = TINY if model.pretrained == "tiny" else Path(model.pretrained).expanduser()
+    path = TINY if model.pretrained == "tiny" else _expanded(model.pretrained)
     if path.is_dir():
         return check_folder(path, config)
     if path.exists():
         return [single_file(path)]
-    if len(path.parts) != 2 or model.pretrained.startswith((".", "/", "~")):
+    if len(path.parts) != 2 or model.pretrained.startswith((".", "/", "~")) or Path(path.parts[0]).is_dir():
         got, why = f"no such folder: {path}", "There is nothing to train on."
         return [Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'", why,
                         "Correct the path, or give a hub id.")]  # fmt: skip
-    snapshot = cached_snapshot(model)
+    try:
+        snapshot = cached_snapshot(model)
+    except ValueError as error:  # huggingface_hub refuses the name itself
+        got = str(error).strip().splitlines()[0]
+        return [
+            Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'")
+        ]
     if snapshot is not None:
         return check_folder(snapshot, config)
     why = "Training begins with their download (gigabytes), and they are not checked here."
+    if model.pretrained not in SHIPPED:
+        why += " Nor are shapes and memory: only the model's own config.json says them. Download it first to have them checked."
     return [Finding("CKP203", "warning", "model.pretrained", "the weights are not on this machine yet", why=why)]
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
 
 
 def check_folder(folder: Path, config: Config) -> list[Finding]:
@@ -186,7 +199,7 @@ def _part(folder: Path, part: str, weights: Weights, config: Mapping[str, Any] |
     got = {name: entry.shape for name, entry in tensors.items()}
     try:
         expected = expected_shapes(part, config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+    except Exception as error:  # whatever diffusers or transformers raise, no network can be built from this JSON
         why = "No network can be built from this config."
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return [

@@ -28,6 +28,8 @@ FILES = {
     "scheduler": "scheduler/scheduler_config.json",
     "feature_extractor": "feature_extractor/preprocessor_config.json",
 }
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
+"""How diffusers and transformers call the weights of each part; other files in a folder are not theirs."""
 CLASSES = {
     "unet": "UNetSpatioTemporalConditionModel",
     "vae": "AutoencoderKLTemporalDecoder",
@@ -53,7 +55,10 @@ def local_folder(pretrained: str) -> Path | None:
     """The folder `model.pretrained` names on this machine, or None when it is a hub id."""
     if pretrained == "tiny":
         return TINY
-    path = Path(pretrained).expanduser()
+    try:
+        path = Path(pretrained).expanduser()
+    except RuntimeError:
+        raise ModelError(f"model.pretrained: {pretrained}: there is no such user, so no such folder.") from None
     if path.is_dir():
         return path
     if path.exists():
@@ -72,7 +77,7 @@ def read_configs(folder: Path) -> ModelConfigs:
     """
     parts = {name: _read_json(folder, file) for name, file in FILES.items()}
     for name, wanted in CLASSES.items():
-        got = parts[name].get("_class_name") or (parts[name].get("architectures") or [wanted])[0]
+        got = class_name(parts[name]) or wanted
         if name == "unet" and got == IMAGE_UNET:
             raise ModelError(
                 f"{folder / FILES[name]}: class is {got}, expected {wanted}: this is the config of an image model. To train video "
@@ -130,6 +135,12 @@ def contradictions(configs: ModelConfigs, *, bridge: bool = False) -> list[Contr
             f"the UNet gives {gives} channels, the VAE's latents have {z}")),
     ]  # fmt: skip
     return [wrong for right, wrong in checks if not right]
+
+
+def class_name(part: Mapping[str, Any]) -> str | None:
+    """The class that a part's JSON names, as diffusers or as transformers writes it."""
+    names = part.get("architectures")
+    return part.get("_class_name") or (names[0] if isinstance(names, list) and names else None)
 
 
 def model_facts(configs: ModelConfigs, *, bridge: bool = False) -> ModelFacts:

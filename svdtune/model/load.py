@@ -22,6 +22,7 @@ from svdtune.model.bridge import add_bridge
 from svdtune.model.facts import (
     FILES,
     SHIPPED,
+    STEMS,
     ModelConfigs,
     local_folder,
     model_facts,
@@ -104,7 +105,7 @@ def is_local(model: Model) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     suffix = _suffix(model.variant)
-    names = [f"{part}/{'model' if part == 'image_encoder' else 'diffusion_pytorch_model'}{suffix}" for part in PARTS]
+    names = [f"{part}/{STEMS[part]}{suffix}" for part in PARTS]
     return all(isinstance(try_to_load_from_cache(model.pretrained, n, revision=model.revision), str) for n in names)
 
 
@@ -220,7 +221,7 @@ def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
 def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The safetensors of a part, shards included. Raises ModelError naming what lies there instead."""
     suffix = _suffix(variant)
-    there = sorted((folder / part).glob("*.safetensors"))
+    there = sorted((folder / part).glob(f"{STEMS[part]}*.safetensors"))
     files = [f for f in there if f.name.endswith(suffix) and (variant or f.name.count(".") == 1)]
     if not files:
         others = sorted(

@@ -508,3 +508,9 @@ def test_the_verb(tmp_path):
 def test_it_needs_no_torch():
     code = "import sys; from svdtune.guards.explain.report import explain as e; e('(4x2 and 7x1)'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_very_long_line_is_read_in_part():
+    """The grammar's cost grows with the square of a line; without the limit this takes minutes."""
+    assert explain("a." * 200_000) == []
+    assert explain("x" * 300_000 + "\n" + f"RuntimeError: {WORDINGS[0].format(4, 256, 768, 1280)}")[0].code == "SHP402"

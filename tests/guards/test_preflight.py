@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from svdtune import cli
 from svdtune.config.load import load_config
-from svdtune.errors import PreflightError
+from svdtune.errors import PreflightError, UsageError
 from svdtune.guards import clips as clips_stage
 from svdtune.guards import settings, shapes
 from svdtune.guards.findings import Finding, Report, Stage
-from svdtune.guards.preflight import STAGES, Options, run_preflight
+from svdtune.guards.preflight import STAGES, Options, merged, run_preflight
 from svdtune.guards.render import render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -66,7 +66,7 @@ def test_ignored_findings_are_shown_and_do_not_count(tiny):
 def test_a_change_that_helps_is_marked_verified(tiny):
     [finding] = run_preflight(tiny("data.num_frames=5")).findings
     assert (finding.patch, finding.verified) == (("data.num_frames=8",), True)
-    assert "set       data.num_frames=8   (verified: the checks pass with it)" in render(Report([], [finding]))
+    assert "set       data.num_frames=8   (verified: with it this finding is gone)" in render(Report([], [finding]))
 
 
 def claim(monkeypatch, *findings):
@@ -113,6 +113,30 @@ def test_one_bad_change_does_not_take_a_good_one_along(tiny, monkeypatch):
     good, bad = run_preflight(tiny()).findings
     assert (good.patch, good.verified) == (("train.log_interval=3",), True)
     assert (bad.patch, bad.verified) == ((), False)
+
+
+def test_two_changes_of_one_key_are_proved_apart(tiny, monkeypatch):
+    claim(
+        monkeypatch,
+        Finding("CFG104", "warning", "one", "y", "train.log_interval=3", patch=("train.log_interval=3",)),
+        Finding("CFG104", "warning", "other", "y", "train.log_interval=4", patch=("train.log_interval=4",)),
+    )
+    one, other = run_preflight(tiny()).findings
+    assert (one.verified, other.verified) == (True, True)
+    assert merged([one.patch, other.patch]) == ["train.log_interval=3"]
+
+
+def test_a_change_that_uncovers_a_later_stage_is_kept(tiny):
+    """The dead target hid the memory stage, which now finds that nothing fits: that is not the change's fault."""
+    config = tiny("adapt.method=lora", "adapt.targets=[attn2.to_q,attn1.to_q]")
+    [finding] = run_preflight(config, Options(device_bytes=2**20)).findings
+    assert (finding.code, finding.verified) == ("CFG105", True)
+
+
+@pytest.mark.parametrize("stage", ["shapes", "memory"])
+def test_a_stage_that_cannot_run_alone_says_why(tiny, tmp_path, stage):
+    report = run_preflight(tiny(f"model.pretrained={tmp_path / 'gone'}"), Options(only=stage))
+    assert codes(report) == [("CKP201", "error")]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -168,6 +192,28 @@ def test_a_size_the_vae_would_floor_is_repaired_and_the_rest_is_checked(own, tmp
     assert run_preflight(repaired).ok
 
 
+def test_two_sizes_that_do_not_load_are_both_told_and_repaired(own, tmp_path):
+    done = invoke("preflight", *own, "data.height=66", "data.width=97", "--fix", tmp_path / "out.yaml", "--json")
+    found = json.loads(done.stdout)["findings"]
+    assert [(f["code"], f["where"], f["patch"]) for f in found] == [
+        ("CFG101", "override 'data.height=66'", ["data.height=64"]),
+        ("CFG101", "override 'data.width=97'", ["data.width=96"]),
+    ]
+    assert load_config(tmp_path / "out.yaml").data.width == 96
+
+
+def test_a_size_that_is_no_size_has_no_change_to_offer(own):
+    [found] = json.loads(invoke("preflight", *own, "data.width=-96", "--json").stdout)["findings"]
+    assert (found["patch"], found["verified"]) == ([], False)
+
+
+@pytest.mark.parametrize("size", ["", "0", "much", "24 TiB"])
+def test_a_gpu_of_no_size_is_refused(own, size):
+    done = invoke("preflight", *own, "--gpu", size)
+    assert isinstance(done.exception, UsageError)
+    assert f"--gpu: got {size!r}, expected a size such as 24GiB" in str(done.exception)
+
+
 def test_a_typing_mistake_is_a_finding_too(own):
     done = invoke("preflight", *own, "train.stepz=3", "--json")
     assert done.exit_code == 2
@@ -179,7 +225,7 @@ def test_a_typing_mistake_is_a_finding_too(own):
 def test_nothing_to_repair_writes_nothing(own, tmp_path):
     done = invoke("preflight", *own, "--fix", tmp_path / "out.yaml")
     assert done.exit_code == 0
-    assert "was not written: no finding has a verified change" in done.stderr
+    assert "was not written: there is nothing to repair" in done.stderr
     assert not (tmp_path / "out.yaml").exists()
 
 
@@ -187,7 +233,9 @@ def test_a_rented_gpu_that_is_too_small(own):
     done = invoke("preflight", *own, "--gpu", "30MiB")
     assert done.exit_code == 3
     assert "MEM701" in done.stdout
-    assert invoke("preflight", *own, "--gpu", "24GiB").exit_code == 0
+    fits = invoke("preflight", *own, "--gpu", "24GiB")
+    assert fits.exit_code == 0
+    assert ", of 24.0 GiB" in fits.stdout
 
 
 def test_env_needs_no_configuration():
@@ -278,7 +326,7 @@ def test_a_finding_reads_as_a_block():
         "  expected  64",
         "  why       Because.",
         "  fix       Change it.",
-        "  set       data.height=64   (verified: the checks pass with it)",
+        "  set       data.height=64   (verified: with it this finding is gone)",
         "",
         "preflight: 1 error; needs about 3.2 GiB of device memory in each process",
     ]

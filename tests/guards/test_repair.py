@@ -51,6 +51,19 @@ def test_the_file_itself_may_be_changed_in_place(source):
     assert load_config(source).data.num_frames == 5
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "train:\n"])
+def test_a_file_with_little_in_it(tmp_path, text):
+    source = tmp_path / "run.yaml"
+    source.write_text(text)
+    write_repaired(source, tmp_path / "out.yaml", ["train.lr=1e-4"])
+    assert load_config(tmp_path / "out.yaml").train.lr == 1e-4
+
+
+def test_a_folder_that_is_not_there(source, tmp_path):
+    with pytest.raises(UsageError, match=r"--fix: there is no folder .*gone to write out\.yaml in"):
+        write_repaired(source, tmp_path / "gone" / "out.yaml", ["train.lr=1e-4"])
+
+
 def test_a_result_that_would_not_load_is_not_written(source, tmp_path):
     with pytest.raises(ConfigError, match="num_frames"):
         write_repaired(source, tmp_path / "out.yaml", ["data.num_frames=1"])

@@ -109,3 +109,10 @@ def test_trace_is_at_the_top_and_loads_torch_only_when_asked_for():
     code = "import sys, svdtune; print('torch' in sys.modules); svdtune.trace; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.parametrize("head", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\nname = '\xe9'\n"])
+def test_files_in_other_encodings(tmp_path, head):
+    path = tmp_path / "net.py"
+    path.write_bytes(head + b"from torch import nn\nNet = lambda: nn.Linear(3, 2)\n")
+    assert trace_file(f"{path}:Net", ["5,3"], None, "{}").findings == ()

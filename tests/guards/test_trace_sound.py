@@ -204,3 +204,21 @@ def test_a_huge_module_costs_nothing_and_says_what_was_skipped():
     assert found.notes == (
         "run on shapes alone, batch probes skipped: 400,120,005 parameters (the limit is 50,000,000)",
     )
+
+
+def test_one_picture_without_a_batch_axis_in_a_convolution():
+    """Convolutions take it; nothing is known of a batch, so nothing is said."""
+    module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(5 * 14 * 14, 2))
+    assert trace(module, torch.zeros(3, 16, 16)).findings == ()
+
+
+def test_an_output_that_is_a_parameter():
+    class Prompt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.learned = nn.Parameter(torch.ones(7, 4))
+
+        def forward(self, x):
+            return self.learned
+
+    assert trace(Prompt(), torch.zeros(2, 3)).findings == ()

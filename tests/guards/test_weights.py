@@ -81,6 +81,42 @@ def test_paths_that_are_no_model(tmp_path):
     assert "it is the folder of one part (it holds a config.json)" in found.got
 
 
+@pytest.mark.parametrize("name", ["~nobodyhere/x", "foo bar/baz"])
+def test_names_that_can_be_no_model(name):
+    assert only(name).code == "CKP201"
+
+
+def test_a_mistyped_folder_is_no_hub_id(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    found = only("models/svdd")
+    assert (found.code, found.got) == ("CKP201", "no such folder: models/svdd")
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"block_out_channels": None}),
+        ("unet", {"num_attention_heads": "5"}),
+        ("image_encoder", {"architectures": -1, "hidden_size": -1}),
+        ("image_encoder", {"attention_dropout": "x"}),
+        ("vae", {"down_block_types": [0]}),
+    ],
+)
+def test_json_of_another_kind_is_a_finding_and_no_crash(folder, part, changes):
+    edit(folder / part / "config.json", **changes)
+    assert {finding.severity for finding in check(folder)} == {"error"}
+
+
+def test_a_file_that_is_not_the_parts_is_not_read(folder):
+    from svdtune.config.schema import Model
+    from svdtune.model.load import require_weights
+
+    shutil.copy(folder / "image_encoder" / "model.safetensors", folder / "unet" / "pytorch_lora_weights.safetensors")
+    assert check(folder) == []
+    require_weights(Model(pretrained=str(folder), variant=None))
+
+
 def test_a_hub_id_that_is_not_here(monkeypatch, tmp_path):
     import huggingface_hub.constants
 

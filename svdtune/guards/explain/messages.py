@@ -84,6 +84,8 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
     ("none_tensor", r"(\w+)\(\): argument '(\w+)'.*? must be Tensor, not NoneType"),
     ("clip_size", rf"Input image size \({_N}\*{_N}\) doesn't match model \({_N}\*{_N}\)"),
 )  # fmt: skip
+_TEXT, _LINE = 2_000_000, 2_000
+"""Characters of a log from its end, and of a line, that are read: the grammar's cost grows with the square of a line."""
 _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in GRAMMAR)
 
 
@@ -145,7 +147,8 @@ def _with(message: Message, ranks: tuple[str, ...]) -> Message:
 def _by_rank(text: str) -> dict[str, list[str]]:
     """Lines of each rank, launcher prefixes and colours taken off; progress bars end in a carriage return."""
     ranks: dict[str, list[str]] = {}
-    for raw in re.split(r"[\n\r]", _ANSI.sub("", text)):
+    for whole in re.split(r"[\n\r]", _ANSI.sub("", text[-_TEXT:])):
+        raw = whole[:_LINE]
         match = _PREFIX.match(raw)
         rank = next((group for group in match.groups() if group), "") if match else ""
         ranks.setdefault(rank, []).append(raw[match.end() :] if match else raw)

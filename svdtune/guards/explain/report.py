@@ -80,6 +80,7 @@ def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
             if known is None or RANK[one.confidence] < RANK[known.confidence]:
                 found[one.code, one.title] = _with_ranks(one, message)
     ordered = sorted(found.values(), key=lambda one: RANK[one.confidence])
+    ordered = list({(one.code, one.why, one.fix): one for one in reversed(ordered)}.values())[::-1]
     specific = [one for one in ordered if one.code != "SHP410"]
     if any(one.code == "CKP254" for one in specific):
         # The reader's complaint about the header is only the first half of a chained error.

@@ -31,6 +31,8 @@ def _text(target: str) -> str:
     if any(c.isspace() for c in target):
         return target
     path = Path(target)
+    if len(target) > 255:
+        return target
     if path.is_file():
         return path.read_bytes().decode("utf-8", errors="replace")
     raise UsageError(

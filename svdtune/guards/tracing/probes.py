@@ -31,8 +31,19 @@ def probe(module: nn.Module, inputs: Sequence[Any]) -> tuple[list[Finding], list
     outputs = tensors_in(base.outputs)
     if not outputs or outputs[0].numel() == 1 or not _numbers(outputs[0]):
         return [], ["batch probes skipped: the output is one number for the whole batch, or none"]
+    if _unbatched_pictures(base):
+        return [], ["batch probes skipped: a convolution is given one picture without a batch axis"]
     findings = _independence(module, given, base) + _one_sample(module, given, base)
     return findings + ([] if findings else _unbatched(module, inputs)), []
+
+
+def _unbatched_pictures(base: Run) -> bool:
+    """Whether a convolution took its input as a single sample."""
+    axes = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+    return any(
+        isinstance(call.module, kind) and call.inputs and len(call.inputs[0]) < count
+        for call in base.calls for kind, count in axes.items()
+    )  # fmt: skip
 
 
 def _run(module: nn.Module, inputs: Sequence[Any], changes: Sequence[Change] = ()) -> Run:
@@ -60,7 +71,7 @@ def _resize(value: Any, rows: int, wanted: int) -> Any:
 
 
 def _independence(module: nn.Module, given: list[Any], base: Run) -> list[Finding]:
-    if _mixes_by_design(module) or _independent(module, given, base):
+    if _mixes_by_design(module) or not _depends(module, given, base) or _independent(module, given, base):
         return []
     fix = _first_fix(module, given, _mixing(base))
     rows, out = len(given[0]), base.shapes[0]
@@ -87,6 +98,12 @@ def _independent(module: nn.Module, given: list[Any], base: Run, changes: Sequen
     """Some axis of the output belongs to axis 0 of the input, or (sequence first) to axis 1."""
     axes = [0] + ([1] if given[0].dim() > 2 else [])
     return any(_follows(module, given, base, changes, axis) for axis in axes)
+
+
+def _depends(module: nn.Module, given: list[Any], base: Run) -> bool:
+    """Whether the output depends on the first input at all; a parameter given back does not."""
+    changed = _run(module, [_perturbed(given[0], 0, 0), *given[1:]])
+    return changed.ok and bool(_different(tensors_in(base.outputs)[0], tensors_in(changed.outputs)[0]).any())
 
 
 def _follows(module: nn.Module, given: list[Any], base: Run, changes: Sequence[Change], axis: int) -> bool:

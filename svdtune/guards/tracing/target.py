@@ -61,7 +61,7 @@ def _keywords(arguments: str) -> dict[str, Any]:
 
 
 def _execute(path: Path, name: str) -> tuple[dict[str, Any], list[str]]:
-    source = path.read_text(encoding="utf-8")
+    source = path.read_bytes()
     try:
         tree = ast.parse(source, str(path))
     except SyntaxError as error:
