@@ -139,7 +139,7 @@ def test_real_footage_goes_through_the_whole_job(tmp_path):
     done = svdtune(
         "train", "configs/tiny.yaml", *run, "validation.inference_steps=3", "validation.samples=1", "adapt.method=lora"
     )
-    assert "preflight: " in done.stdout
+    assert "preflight: " in done.stderr
     assert json.loads((tmp_path / "real" / "status.json").read_text())["state"] == "done"
     assert (tmp_path / "real" / "contact_sheet.png").is_file()
     assert (tmp_path / "real" / "export" / "adapter_model.safetensors").is_file()
