@@ -214,7 +214,8 @@ def probe_xformers() -> str | None:
 
 def _grid(config: Config) -> list[Finding]:
     """ENV006: temporal attention folds all positions (and xformers the heads too) into one axis of the CUDA grid."""
-    from svdtune.guards.settings import local_configs, vae_factor
+    from svdtune.guards.settings import vae_factor
+    from svdtune.guards.table import local_configs
 
     configs = local_configs(config)
     factor = vae_factor(configs) if configs else None

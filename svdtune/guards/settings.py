@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.config.schema import Config
-from svdtune.errors import CheckpointError, DataError, ModelError
+from svdtune.errors import CheckpointError, DataError
 from svdtune.guards.catalog import RULES
 from svdtune.guards.findings import Finding
-from svdtune.model.facts import SHIPPED, ModelConfigs, local_folder, read_configs
+from svdtune.guards.table import local_configs
+from svdtune.model.facts import SHIPPED, ModelConfigs
 
 _DEAD = re.compile(r"(^|\.)attn2\.to_[qk]$")
 _WIDE = 320
@@ -35,15 +36,6 @@ def check_settings(config: Config) -> list[Finding]:
         of_model = (_sizes, _frames, _learning_rate, _noise_levels, _micro_conditions)
         found = [*(finding for check in of_model for finding in check(config, configs)), *found]
     return found
-
-
-def local_configs(config: Config) -> ModelConfigs | None:
-    """The model's JSON without a download; None where there is none, or where it is not SVD's (the next stage says so)."""
-    try:
-        folder = local_folder(config.model.pretrained) or SHIPPED.get(config.model.pretrained)
-        return read_configs(folder) if folder else None
-    except ModelError:
-        return None
 
 
 def vae_factor(configs: ModelConfigs) -> int | None:

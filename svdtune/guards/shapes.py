@@ -64,12 +64,6 @@ def rehearse(config: Config) -> Rehearsal:
         return _run_both(config, built)
 
 
-def fake_step(config: Config) -> None:
-    """The step at the user's sizes. Raises what training would raise."""
-    with stage(config, _fake(config)) as built:
-        _step(built, user_axes(config, built.parts.facts))
-
-
 @dataclass(frozen=True)
 class Built:
     """Networks on fake tensors, ready for a step."""

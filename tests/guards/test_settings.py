@@ -15,6 +15,7 @@ from svdtune.checkpoint.manifest import build_manifest, write_manifest
 from svdtune.config.load import load_config
 from svdtune.guards import environment, settings
 from svdtune.guards.settings import check_settings, check_targets
+from svdtune.guards.table import local_configs
 from svdtune.model.facts import PACKAGE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -327,4 +328,4 @@ def test_every_patch_of_the_stage_silences_it():
 def test_a_model_that_is_not_here_silences_the_rules_that_need_it(tmp_path):
     assert check("model.pretrained=someone/else", "data.num_frames=3") == []
     assert check(f"model.pretrained={tmp_path / 'gone'}") == []
-    assert settings.local_configs(load_config(SHIPPED[0])) is not None
+    assert local_configs(load_config(SHIPPED[0])) is not None

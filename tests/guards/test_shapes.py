@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from svdtune.config.load import load_config
 from svdtune.contracts import ModelFacts
 from svdtune.diffusion import conditioning
 from svdtune.guards import shapes
 from svdtune.guards.shapes import Strict, distinct_axes, rehearse
 from svdtune.trainer import build, step
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 ids, predict, unet_input = conditioning.added_time_ids, step.predict, conditioning.unet_input
 
 
@@ -28,6 +32,16 @@ def test_a_sound_step_has_no_findings_and_an_estimate(tiny, overrides):
     assert rehearsal.findings == []
     assert rehearsal.needed is not None
     assert rehearsal.needed.step > 0
+
+
+def test_xt_is_stepped_at_25_frames_of_576_by_1024(monkeypatch):
+    seen = []
+    monkeypatch.setattr(shapes, "train_step", lambda *a: seen.append(step.train_step(*a)) or seen[-1])
+    assert rehearse(load_config(CONFIGS / "svd_xt_full.yaml")).findings == []
+    at_its_size, at_distinct_sizes = (tuple(result.unet_input.sample.shape) for result in seen)
+    assert at_its_size == (1, 25, 8, 72, 128)
+    assert len(set(at_distinct_sizes)) == 5
+    assert tuple(seen[0].encoded.image_embeds.shape) == (1, 1024)
 
 
 def test_one_time_id_is_told_by_its_field(tiny, monkeypatch):
