@@ -13,7 +13,7 @@ import yaml
 
 from svdtune.checkpoint.manifest import build_manifest, write_manifest
 from svdtune.config.load import load_config
-from svdtune.guards import environment, settings
+from svdtune.guards import environment
 from svdtune.guards.settings import check_settings, check_targets
 from svdtune.guards.table import local_configs
 from svdtune.model.facts import PACKAGE

@@ -13,9 +13,7 @@ _NEVER = (
     "Do not follow the advice `ignore_mismatched_sizes=True` (with low_cpu_mem_usage=False): it leaves this layer with random weights, "
     "the error goes and the model is broken."
 )
-_CHECK = (
-    " `svdtune inspect FILE` says what the file is and whether it is whole; compare diffusers' version with the one the model asks for."
-)
+_CHECK = " `svdtune inspect FILE` says what the file is and whether it is whole; compare diffusers' version with the one the model asks for."
 
 
 def load(message: Message, numbers: Numbers) -> list[Explanation]:
