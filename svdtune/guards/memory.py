@@ -22,15 +22,21 @@ _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
 """Bytes of optimizer state per trained parameter; adafactor keeps a row and a column per matrix, next to nothing."""
 
 
+ASKS_DEVICE = torch.ops.prim.device.default
+"""Autograd and autocast ask it of every fake tensor, twice as often as they compute: answered at once, it costs nothing."""
+
+
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages that operators made and that are still alive; `peak` is the most there ever was."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].device
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
@@ -41,13 +47,12 @@ class LiveStorages(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if (key := storage._cdata) in self._seen:
             return
-        self._seen.add(key)
         self.live += (size := storage.nbytes())
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key, size)
+        self._seen[key] = weakref.ref(storage, lambda _gone: self._free(key, size))
 
     def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+        del self._seen[key]
         self.live -= size
 
 

@@ -19,7 +19,7 @@ from svdtune.config.schema import Config
 from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
-from svdtune.guards.memory import Estimate, LiveStorages, estimate
+from svdtune.guards.memory import ASKS_DEVICE, Estimate, LiveStorages, estimate
 from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
 from svdtune.guards.told import plain, told, told_arguments
@@ -221,6 +221,8 @@ class Strict(TorchDispatchMode):
     """What fake tensors let pass raises: products of two dtypes, as real tensors do, and random numbers drawn inside the step."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].device
         if torch.Tag.nondeterministic_seeded in func.tags and "dot_product" not in str(func):
             raise RuntimeError(
                 f"{func} draws random numbers inside the step; everything random arrives in Draws, keyed by the sample"
