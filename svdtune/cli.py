@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -137,13 +138,13 @@ def train(
     loaded = load_config(config, overrides or ())
     if not preflight_only:
         launch.join_world(sys.argv[1:])
-    if launch.rank() == 0 and (preflight_only or loaded.preflight.enabled):
-        _require_preflight(loaded)
-    if preflight_only:
-        return
-    from svdtune.trainer.run import train as run_training
-
     with _explained(loaded):
+        if launch.rank() == 0 and (preflight_only or loaded.preflight.enabled):
+            _require_preflight(loaded)
+        if preflight_only:
+            return
+        from svdtune.trainer.run import train as run_training
+
         run_training(loaded, config_text=config.read_text(encoding="utf-8"))
 
 
@@ -302,6 +303,9 @@ def schema() -> None:
 
 def main() -> None:
     """Run a verb; an error that a person caused becomes `error: ...` and its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone must not hide an error
     # transformers otherwise opens every run with a line about torchvision, which svdtune does not need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

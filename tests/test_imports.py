@@ -95,6 +95,25 @@ def test_the_rule_sees_what_it_forbids() -> None:
     assert violations("data", ["svdtune.data_extra"]) == ["svdtune.data_extra"]
 
 
+def test_no_sentence_is_cut_in_two() -> None:
+    """A string alone on its line is the lost half of one above; docstrings, also those of attributes, have three quotes."""
+    assert lost_strings('x = "one "\n"two"') == [2]
+    tests = sorted(Path(__file__).parent.rglob("*.py"))
+    assert {path.name: lines for path in [*FILES, *tests] if (lines := lost_strings(path.read_text()))} == {}
+
+
+def lost_strings(source: str) -> list[int]:
+    statements = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr))
+    strings = [
+        node for node in statements if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    return [
+        node.lineno
+        for node in strings
+        if not (ast.get_source_segment(source, node) or "").lstrip("r").startswith('"""')
+    ]
+
+
 def test_no_two_way_imports() -> None:
     """A cycle of any length, among modules, counting lazy imports too."""
     edges = {module_name(path): modules_of(imports_of(ast.parse(path.read_text(encoding="utf-8")))) for path in FILES}

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,14 +17,15 @@ import pytest
 from svdtune.guards.catalog import RULES
 from svdtune.guards.explain.messages import GRAMMAR
 from svdtune.guards.explain.numbers import Numbers, shipped_numbers
-from svdtune.guards.explain.report import _CAUSES, explain, explain_exception, render, rule_text
+from svdtune.guards.explain.report import CAUSES, explain, explain_exception, nearest_rules, render
 from svdtune.guards.explain.spatial import failing_sizes, halvings
+from svdtune.guards.explain.verb import explain_verb
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SVD = replace(shipped_numbers(), own=True)
 OTHER = Numbers(
-    source="other", own=True, in_channels=10, out_channels=5, latent_channels=5, id_width=96, ids_width=480, context=1536,
-    channels=(192, 384, 576), factor=4, clip_hidden=1664, clip_width=1536, clip_size=112, num_frames=11,
+    source="other", own=True, in_channels=10, latent_channels=5, id_width=96, ids_width=480, context=1536,
+    channels=(192, 384, 576), heads=3, factor=4, clip_hidden=1664, clip_width=1536,
 )  # fmt: skip
 """No width of this model occurs in SVD."""
 
@@ -42,6 +44,16 @@ OF_CLASS = {
     "L": ("MEM701",),
 }
 """Codes that are right for a class of failures; SHP410, "two sizes do not agree", is right for none."""
+
+ODD = Numbers(
+    source="odd", own=True, in_channels=8, latent_channels=4, id_width=48, ids_width=144, context=88,
+    channels=(32, 96, 160), heads=2, factor=8, clip_hidden=40, clip_width=88, height=64, width=96, batch=4,
+)  # fmt: skip
+"""The model on which the real texts of explained.txt were made."""
+CASES = [
+    (*map(str.strip, head.split("|")), text)
+    for head, _, text in (block.partition("\n") for block in (ASSETS / "explained.txt").read_text().split("\n=== ")[1:])
+]
 
 TRACE = """Traceback (most recent call last):
   File "train.py", line 90, in <module>
@@ -75,6 +87,22 @@ def score(change, facts=None) -> tuple[int, int, list[str]]:
         row for row, kind, text in rows() if not (codes(change(text), facts) or ["none"])[0].startswith(OF_CLASS[kind])
     ]
     return len(rows()) - len(missed), len(rows()), missed
+
+
+@pytest.mark.parametrize(("name", "assumed", "own", "text"), CASES, ids=[case[0] for case in CASES])
+def test_texts_of_all_kinds(name, assumed, own, text):
+    for facts, expected in ((None, assumed), (ODD, own)):
+        told = explain(text, facts)
+        assert (" ".join(f"{one.code}:{one.confidence}" for one in told) or "-") == expected, told
+        for one in told:
+            assert all(
+                part.strip() == part and part for part in (one.title, one.reason, one.evidence, one.why, one.fix)
+            )
+            assert one.why.endswith(".")
+            assert one.fix.endswith((".", ")"))
+            assert not re.search(
+                r"  |(?<![.(])\.\.(?!\.)|\b1 (?:clips|frames|rows|channels|ids)\b", one.title + one.why + one.fix
+            ), one
 
 
 def test_nine_in_ten_real_messages_get_their_class(capsys):
@@ -237,7 +265,8 @@ def test_width_of_the_context():
     assert (clip.code, clip.confidence) == ("SHP403", "high")
     assert "ViT-L/14" in clip.evidence
     (hidden,) = explain(WORDINGS[0].format(14, 1280, 1024, 320), SVD)
-    assert "take image_embeds, not last_hidden_state" in hidden.evidence
+    assert "hidden width of this model's image encoder" in hidden.evidence
+    assert hidden.fix == "Take image_embeds, not last_hidden_state: the projection brings 1280 to 1024."
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -341,8 +370,7 @@ def test_halving_chains():
 
 
 def test_skip_sizes_give_the_pixels():
-    text = "RuntimeError: Sizes of tensors must match except in dimension 1. Expected size 18 but got size 17 for "
-    "tensor number 1 in the list."
+    text = "RuntimeError: Sizes of tensors must match except in dimension 1. Expected size 18 but got size 17 for tensor number 1."
     (assumed,) = explain(text)
     assert (assumed.code, assumed.confidence) == ("SHP411", "medium")
     assert "520, 528, 536, 544 pixels" in assumed.evidence
@@ -367,8 +395,10 @@ def test_unrelated_broadcasts_get_no_story(a, b, axis):
 
 
 def test_both_conv_channels_and_swapped_axes():
-    message = "Given groups=1, weight of size [192, 10, 3, 3], expected input[{}, {}, 9, 7] to have 10 channels, but "
-    "got {} channels instead"
+    message = (
+        "Given groups=1, weight of size [192, 10, 3, 3], expected input[{}, {}, 9, 7] to have 10 channels, "
+        "but got {} channels instead"
+    )
     (forgotten,) = explain(message.format(21, 5, 5), OTHER)
     assert forgotten.code == "SHP404"
     assert "torch.cat([noisy_latents, conditioning_latents], dim=2)" in forgotten.fix
@@ -413,7 +443,7 @@ def test_both_conv_channels_and_swapped_axes():
         ("each tensor to be equal size, but got [9, 3, 5, 7] at entry 0 and [8, 3, 5, 7] at entry 2", "DAT350", "high", "fixed number"),
         ("ValueError: folder has fewer than 19 frames", "DAT351", "high", "data scan"),
         ("decord._ffi.base.DECORDError: [12:00:00] avcodec failed", "DAT352", "medium", "data.decoder=pyav"),
-        ("'DDPMScheduler' object has no attribute 'get_velocity'", "SEM550", "high", "from sigma"),
+        ("'DDPMScheduler' object has no attribute 'get_velocity'", "SEM550", "high", "Draw sigma"),
         ("randn_like(): argument 'input' (position 1) must be Tensor, not NoneType", "SEM551", "low", "first frame"),
     ],
 )  # fmt: skip
@@ -461,13 +491,17 @@ def test_no_number_alone_is_believed(seed):
 
 
 def test_a_rule_by_its_code():
-    assert "time ids do not fill" in (rule_text("shp402") or "")
-    assert "Did you mean" in (rule_text("SHP42") or "")
-    assert rule_text("train.log") is None
+    assert "time ids do not fill" in run("shp402").stdout
+    assert json.loads(run("SHP402", "--json").stdout)["rule"]["code"] == "SHP402"
+    assert nearest_rules("SHP42").startswith("SHP4")
+    assert nearest_rules("train.log") == ""
+    mistyped = run("SHP42")
+    assert mistyped.returncode == 2
+    assert "Did you mean SHP4" in mistyped.stderr
 
 
 def test_every_grammar_has_a_cause_and_every_code_a_rule():
-    assert {kind for kind, _ in GRAMMAR} == set(_CAUSES)
+    assert {kind for kind, _ in GRAMMAR} == set(CAUSES)
     source = "".join(
         path.read_text() for path in (Path(sys.modules["svdtune.guards.explain"].__file__ or "").parent).glob("*.py")
     )
@@ -476,15 +510,83 @@ def test_every_grammar_has_a_cause_and_every_code_a_rule():
     assert named <= set(RULES)
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "svdtune", "explain", *arguments],
-        input=stdin,
+def run(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    raw = subprocess.run(
+        [sys.executable, "-m", "svdtune", "explain", *map(str, arguments)],
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
         capture_output=True,
-        text=True,
-        env={**os.environ},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
         check=False,
     )
+    return subprocess.CompletedProcess(raw.args, raw.returncode, raw.stdout.decode(), raw.stderr.decode())
+
+
+IDS_TRACE = TRACE.format(code=IDS, message=WORDINGS[0].format(4, 256, 768, 1280))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\n".join(f"> {line}" for line in text.splitlines()),
+        lambda text: "\n".join(f"2026-01-01T12:00:00.123456Z {line}" for line in text.splitlines()),
+        lambda text: "\n".join(f"[rank0]:E1125 21:42:00.100000 77 x.py:3] {line}" for line in text.splitlines()),
+        lambda text: text + "step 1 of 9\n" * 300_000,
+        lambda text: "step 1 of 9\n" * 300_000 + text,
+        lambda text: text + "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n",
+    ],
+)
+def test_what_stands_around_a_traceback(around):
+    (one,) = explain(around(IDS_TRACE))
+    assert (one.code, one.confidence) == ("SHP402", "high")
+
+
+def test_an_error_that_was_handled_is_not_the_one_that_ended_the_run():
+    text = "NotImplementedError: No operator found for `memory_efficient_attention_forward`, falling back\nKeyError: 'caption'\n"
+    (one,) = explain(text)
+    assert (one.code, one.confidence) == ("ENV051", "medium")
+    assert "not the error that the text ends with" in one.reason
+    assert render([one], text).endswith("The text ends with another error, which I do not know: KeyError: 'caption'")
+    chained = text.replace(
+        "\nKeyError", "\n\nDuring handling of the above exception, another exception occurred:\n\nKeyError"
+    )
+    assert explain(chained)[0].confidence == "high"
+
+
+def test_where_the_text_comes_from(tmp_path):
+    log = tmp_path / "my log.txt"
+    log.write_bytes(IDS_TRACE.encode("utf-16"))
+    assert run(log).stdout.startswith("SHP402")
+    assert run("-", stdin=IDS_TRACE.encode() + b"\xff\xfe").stdout.startswith("SHP402")
+    assert "I do not know this one." in run("KeyError").stdout
+    folder = run(tmp_path)
+    assert (folder.returncode, folder.stdout) == (2, "")
+    assert "is a folder. Give the file in it" in folder.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "addition_time_embed_dim", 0),
+        ("unet", "cross_attention_dim", None),
+        ("vae", "block_out_channels", []),
+        ("image_encoder", "projection_dim", "1024"),
+    ],
+)
+def test_a_config_that_is_itself_wrong_is_named(tmp_path, part, key, value):
+    from svdtune.model.facts import PACKAGE
+
+    model = tmp_path / "model"
+    shutil.copytree(PACKAGE / "facts" / "svd-xt", model)
+    content = json.loads((model / part / "config.json").read_text())
+    (model / part / "config.json").write_text(json.dumps({**content, key: value}))
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model:\n  pretrained: {model}\n")
+    note = explain_verb(IDS_TRACE, config, json_out=False).split("\n")[0]
+    assert f"{part}/config.json: {key} is {value!r}, expected" in note
+    assert note.endswith("SVD-XT's numbers are assumed.")
+    assert ".." not in note
+    assert json.loads(explain_verb(IDS_TRACE, config, json_out=True))["note"] == note
 
 
 def test_the_verb(tmp_path):

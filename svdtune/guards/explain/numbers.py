@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from svdtune.contracts import UNetInput, specs
 from svdtune.errors import SvdtuneError
-from svdtune.model.facts import SHIPPED, ModelConfigs, local_folder, read_configs
+from svdtune.model.facts import FILES, SHIPPED, ModelConfigs, local_folder, read_configs
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,6 @@ class Numbers:
     own: bool
     """True: read from the configs of the run that failed. False: SVD-XT's, a hypothesis."""
     in_channels: int
-    out_channels: int
     latent_channels: int
     id_width: int
     """addition_time_embed_dim: numbers that one micro-condition becomes."""
@@ -28,13 +28,13 @@ class Numbers:
     """cross_attention_dim: what attn2.to_k and to_v take."""
     channels: tuple[int, ...]
     """block_out_channels of the UNet, first level first."""
+    heads: int
+    """Attention heads of the first level, where there are most positions."""
     factor: int
     """Pixels per latent."""
     clip_hidden: int
     clip_width: int
     """projection_dim of the image encoder."""
-    clip_size: int
-    num_frames: int
     height: int | None = None
     """data.height of the run, where a config was given."""
     width: int | None = None
@@ -58,7 +58,7 @@ class Numbers:
     @property
     def whose(self) -> str:
         """How to speak of these numbers."""
-        return f"{self.source}" if self.own else f"{self.source} (assumed: give --config CONFIG for your own model)"
+        return self.source if self.own else f"{self.source} (assumed; --config CONFIG gives your model's)"
 
 
 def id_names(count: int | None) -> str:
@@ -68,23 +68,26 @@ def id_names(count: int | None) -> str:
 
 
 def numbers_of(configs: ModelConfigs, *, source: str, own: bool = True) -> Numbers:
-    """The numbers in a model's own JSON; they may contradict each other, which is often the cause that is looked for."""
+    """The numbers in a model's own JSON; they may contradict each other, which is often the cause that is looked for.
+
+    Raises ValueError naming file and key where one is no whole number from 1 up.
+    """
     unet, vae, clip = configs.unet, configs.vae, configs.image_encoder
+    channels = _widths("unet", unet)
+    heads = unet.get("num_attention_heads", 1)
     return Numbers(
         source=source,
         own=own,
-        in_channels=unet["in_channels"],
-        out_channels=unet["out_channels"],
-        latent_channels=vae["latent_channels"],
-        id_width=unet["addition_time_embed_dim"],
-        ids_width=unet["projection_class_embeddings_input_dim"],
-        context=unet["cross_attention_dim"],
-        channels=tuple(unet["block_out_channels"]),
-        factor=2 ** (len(vae["block_out_channels"]) - 1),
-        clip_hidden=clip["hidden_size"],
-        clip_width=clip["projection_dim"],
-        clip_size=clip["image_size"],
-        num_frames=unet["num_frames"],
+        in_channels=_whole("unet", unet, "in_channels"),
+        latent_channels=_whole("vae", vae, "latent_channels"),
+        id_width=_whole("unet", unet, "addition_time_embed_dim"),
+        ids_width=_whole("unet", unet, "projection_class_embeddings_input_dim"),
+        context=_whole("unet", unet, "cross_attention_dim"),
+        channels=channels,
+        heads=heads[0] if isinstance(heads, list) and heads else heads if isinstance(heads, int) else 1,
+        factor=2 ** (len(_widths("vae", vae)) - 1),
+        clip_hidden=_whole("image_encoder", clip, "hidden_size"),
+        clip_width=_whole("image_encoder", clip, "projection_dim"),
     )
 
 
@@ -102,9 +105,21 @@ def run_numbers(config: Any) -> tuple[Numbers | None, str]:
         if folder is None:
             return None, f"{pretrained} is not on this machine and not one whose numbers are shipped"
         numbers = numbers_of(read_configs(folder), source=pretrained)
-    except (SvdtuneError, KeyError) as error:
-        return None, f"the configs of {pretrained} cannot be read: {error}"
-    data, train = config.data, config.train
-    return replace(
-        numbers, height=data.height, width=data.width, num_frames=data.num_frames, batch=train.batch_size
-    ), ""
+    except (SvdtuneError, ValueError) as error:
+        return None, str(error).rstrip(".")
+    data = config.data
+    return replace(numbers, height=data.height, width=data.width, batch=config.train.batch_size), ""
+
+
+def _whole(part: str, content: Mapping[str, Any], key: str) -> int:
+    value = content.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{FILES[part]}: {key} is {value!r}, expected a whole number from 1 up")
+    return value
+
+
+def _widths(part: str, content: Mapping[str, Any]) -> tuple[int, ...]:
+    value = content.get("block_out_channels")
+    if not isinstance(value, list) or not value or not all(isinstance(width, int) and width > 0 for width in value):
+        raise ValueError(f"{FILES[part]}: block_out_channels is {value!r}, expected whole numbers from 1 up")
+    return tuple(value)

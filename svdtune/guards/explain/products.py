@@ -3,267 +3,246 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from svdtune.guards.explain.explanation import Confidence, Explanation
+from svdtune.guards.explain.explanation import ENCODERS, Confidence, Explanation, believed, counted
 from svdtune.guards.explain.messages import Message
 from svdtune.guards.explain.numbers import Numbers, id_names
 
-ENCODERS = {
-    512: "CLIP ViT-B/32 (the class default)",
-    768: "CLIP ViT-L/14",
-    1024: "OpenCLIP ViT-H/14",
-    1280: "OpenCLIP ViT-bigG, or the hidden states of ViT-H before its projection",
-}
-"""Widths that published image encoders give, and that cross-attentions are made for."""
-_TIME_IDS = ("add_embedding",)
-_CONTEXT = ("attn2", "to_k", "to_v")
-_TIME = ("time_embedding",)
-_OTHERS = (
-    "attn1",
-    "ff",
-    "ff_in",
-    "time_pos_embed",
-    "time_emb_proj",
-    "proj_in",
-    "proj_out",
-    "visual_projection",
-    "to_q",
-    "to_out",
-)
+_OTHER_LAYERS = {"attn1", "ff", "ff_in", "time_pos_embed", "time_emb_proj", "proj_in", "proj_out", "visual_projection",
+                 "to_q", "to_out", "time_embedding"}  # fmt: skip
+_SAY_NOTHING = {"unet", "model", "module", "net", "accelerator", "pipe", "pipeline", "linear_1", "processor"}
+_BATCH = 64
+"""More rows than this are tokens or pixels, not clips."""
 
 
 @dataclass(frozen=True)
 class _Product:
     rows: int
+    """0 where the text has a symbol instead."""
     given: int
     taken: int
     out: int
 
     @property
     def text(self) -> str:
-        return f"({self.rows}x{self.given} and {self.taken}x{self.out})"
+        return f"({self.rows or 'rows '}x{self.given} and {self.taken}x{self.out})"
 
 
 def product(message: Message, numbers: Numbers) -> list[Explanation]:
     """Causes of `mat1 and mat2 shapes cannot be multiplied` in either wording."""
     it = _Product(*message.numbers(0, 1, 2, 3))
-    named = consumer_named(message.modules)
+    named = consumer_named(message)
     found: list[Explanation] = []
-    if named in (None, "time ids"):
-        found += _time_ids(it, numbers, named is not None)
-    if named in (None, "context"):
-        found += _context(it, numbers, named is not None)
+    if named == "time ids" or (named is None and message.site != "other"):
+        found += _time_ids(it, message, numbers, named is not None)
+    if named == "context" or (named is None and message.site != "other"):
+        found += _context(it, message, numbers, named is not None)
     return found or [_linear(it, message)]
 
 
-def consumer_named(modules: tuple[str, ...]) -> str | None:
-    """Which reader of a conditioning tensor the traceback names; `other` for any other module, None when it names none."""
-    words = [word for path in modules for word in re.findall(r"\w+", path)]
+def consumer_named(message: Message) -> str | None:
+    """Which reader of a conditioning tensor the stack names; `other` for any other module, None when it names none."""
+    words = [word for path in message.modules for word in re.findall(r"\w+", path)]
     for word in reversed(words):
-        if word in _TIME_IDS:
+        if word == "add_embedding":
             return "time ids"
-        if word in _CONTEXT:
+        # Every attention has to_k; only in SVD's own code, or below attn2, is it the cross-attention's.
+        if word == "attn2" or (word in ("to_k", "to_v") and ("attn2" in words or message.site == "svd")):
             return "context"
-        if word in _TIME or word in _OTHERS:
+        if word in _OTHER_LAYERS:
             return "other"
-    return "other" if words and not _only_wrappers(words) else None
+    return None if set(words) <= _SAY_NOTHING else "other"
 
 
-def _only_wrappers(words: list[str]) -> bool:
-    """Names that say nothing about which layer it was."""
-    return all(
-        word in {"unet", "model", "module", "net", "accelerator", "pipe", "pipeline", "linear_1", "processor"}
-        for word in words
-    )
+def _time_ids(it: _Product, message: Message, numbers: Numbers, named: bool) -> list[Explanation]:
+    if (it.taken, it.out) == (numbers.ids_width, numbers.time_width):
+        return _of_this_model(it, message, numbers, named)
+    if it.given == numbers.ids_width and it.out == numbers.time_width and it.rows <= _BATCH and numbers.ids:
+        return _of_another_release(it, message, numbers, named)
+    if not named:
+        return []
+    # SVD has three ids whatever their width: the layer's own width tells how wide one is.
+    if message.site == "svd" and not numbers.own and it.taken % 3 == 0:
+        guess = replace(numbers, source="three ids of one width, as in SVD", id_width=it.taken // 3, ids_width=it.taken)
+        if found := _counts(it, message, guess):
+            return [replace(one, confidence="medium", reason="the stack names add_embedding; that it takes three ids is assumed")
+                    for one in found]  # fmt: skip
+    return [_not_known(it, message, numbers)]
 
 
-def _time_ids(it: _Product, numbers: Numbers, named: bool) -> list[Explanation]:
-    if (it.taken, it.out) != (numbers.ids_width, numbers.time_width):
-        return _other_release(it, numbers, named)
-    total = it.rows * it.given
+def _of_this_model(it: _Product, message: Message, numbers: Numbers, named: bool) -> list[Explanation]:
+    found = _counts(it, message, numbers)
+    if not found and (named or numbers.own):
+        return [_narrower(it, message, numbers, named)] if numbers.ids and it.given % numbers.ids == 0 else []
+    if len(found) == 1 and not (it.given in ENCODERS and it.taken in ENCODERS and not named):
+        confidence = believed(message, numbers, named=named)
+        confidence = "medium" if confidence == "low" and message.site == "bare" else confidence
+        reason = (
+            "the stack names add_embedding, and the numbers divide"
+            if named
+            else f"in-width, out-width and count fit {numbers.whose}"
+        )
+    else:
+        confidence: Confidence = "medium" if named or numbers.own else "low"
+        reason = "more than one cause gives these numbers; the shapes tell them apart"
+    return [replace(one, confidence=confidence, reason=reason) for one in found]
+
+
+def _counts(it: _Product, message: Message, numbers: Numbers) -> list[Explanation]:
     found = []
     if it.given % numbers.id_width == 0:
         found.append(_count(it, numbers))
-    if total % numbers.ids_width == 0 and numbers.ids:
-        found.append(_clips(it, numbers, total // numbers.ids_width))
-    return [_rated(one, numbers, named, unique=len(found) == 1 and not _maybe_context(it)) for one in found]
+    if it.rows and it.rows * it.given % numbers.ids_width == 0 and numbers.ids:
+        found.append(_clips(it, numbers, it.rows * it.given // numbers.ids_width))
+    return found
 
 
 def _count(it: _Product, numbers: Numbers) -> Explanation:
-    given, ids = it.given // numbers.id_width, numbers.ids
+    given, ids, rows = it.given // numbers.id_width, numbers.ids, it.rows or "batch"
     return Explanation(
-        "SHP402",
-        f"{given} time id{'s' * (given != 1)} for each clip instead of {ids}",
-        "high",
-        "",
-        f"{it.text}: {it.given} = {given} x {numbers.id_width}, {it.taken} = {ids} x {numbers.id_width}, where {numbers.id_width} is "
-        f"addition_time_embed_dim, and {it.out} = 4 x {numbers.channels[0]} is the time embedding, of {numbers.whose}. So the layer is "
-        f"add_embedding.linear_1, and added_time_ids was ({it.rows}, {given}), expected ({it.rows}, {ids}){id_names(ids)}.",
-        "Every id becomes addition_time_embed_dim numbers, and add_embedding takes the ids of one clip side by side.",
-        f"Give added_time_ids of shape ({it.rows}, {ids}){id_names(ids)}: one row for each clip, all {ids} columns.",
+        code="SHP402",
+        title=f"{counted(given, 'time id')} for each clip instead of {ids}",
+        confidence="high",
+        reason="",
+        evidence=f"{it.text}: {it.given} = {given} x {numbers.id_width}, {it.taken} = {ids} x {numbers.id_width}, where "
+        f"{numbers.id_width} is addition_time_embed_dim and {it.out} the width of the time embedding ({numbers.whose}). So the layer "
+        f"is add_embedding.linear_1, and added_time_ids was ({rows}, {given}), expected ({rows}, {ids}){id_names(ids)}.",
+        why="Every id becomes addition_time_embed_dim numbers, and add_embedding takes the ids of one clip side by side.",
+        fix=f"Give added_time_ids of shape ({rows}, {ids}){id_names(ids)}: one row for each clip, all {ids} columns.",
     )
 
 
 def _clips(it: _Product, numbers: Numbers, clips: int) -> Explanation:
-    what = f"{it.rows} x {it.given} = {it.rows * it.given} = {clips} x {it.taken}"
     return Explanation(
-        "SHP414",
-        f"time ids for {clips} clip{'s' * (clips != 1)}, but a sample whose first axis is {it.rows}",
-        "high",
-        "",
-        f"{it.text}: {what}, so added_time_ids was ({clips}, {numbers.ids}), complete, for {clips} clips; {it.taken} = {numbers.ids} x "
-        f"{numbers.id_width} is the width of add_embedding in {numbers.whose}, and its rows come from the first axis "
-        f"of `sample`, {it.rows}.",
-        "The UNet reads the batch size from sample's first axis and reshapes the ids to that many rows. A 4-D sample without its frame "
-        "axis, or with batch and frames flattened, fails here and not where the mistake is. Ids not doubled for "
-        "classifier-free guidance too.",
-        f"Print sample.shape: it must have 5 axes (batch, frames, channels, height, width), and added_time_ids and encoder_hidden_states "
-        f"one row for each of its batch. If batch is right as {it.rows}, repeat the ids to ({it.rows}, {numbers.ids}).",
+        code="SHP414",
+        title=f"time ids for {counted(clips, 'clip')}, but a sample whose first axis is {it.rows}",
+        confidence="high",
+        reason="",
+        evidence=f"{it.text}: {it.rows} x {it.given} = {it.rows * it.given} = {clips} x {it.taken}, so added_time_ids was "
+        f"({clips}, {numbers.ids}), complete, for {counted(clips, 'clip')}; {it.taken} = {numbers.ids} x {numbers.id_width} is the width "
+        f"of add_embedding ({numbers.whose}), and its rows come from the first axis of `sample`, {it.rows}.",
+        why="The UNet reads the batch size from sample's first axis and reshapes the ids to that many rows. A 4-D sample without its "
+        "frame axis, or with batch and frames flattened, fails here and not where the mistake is. Ids not doubled for classifier-free "
+        "guidance too.",
+        fix="Print sample.shape: it must have 5 axes (batch, frames, channels, height, width), and added_time_ids and "
+        f"encoder_hidden_states one row for each of its batch. If batch is right as {it.rows}, give ids of shape "
+        f"({it.rows}, {numbers.ids}).",
     )
 
 
-def _other_release(it: _Product, numbers: Numbers, named: bool) -> list[Explanation]:
-    """add_embedding of another model: the widths are multiples of one id, but not this model's number of them."""
-    whole = it.taken % numbers.id_width == 0 and it.given % numbers.id_width == 0 and numbers.ids is not None
-    if whole and it.out == numbers.time_width and it.given == numbers.ids_width:
-        wants = it.taken // numbers.id_width
-        family = {
-            1: "SV3D-u (elevation and azimuth left out)",
-            5: "SV3D-p (noise augmentation, elevation, azimuth)",
-        }.get(wants)
-        svd = numbers.id_width == 256
-        released = f"; published widths with 256: SVD 768, {family} {it.taken}" if family and svd else ""
-        return [
-            Explanation(
-                "SHP402",
-                "the UNet's add_embedding is that of another release",
-                "medium" if named or family else "low",
-                f"the traceback names add_embedding; {it.given} fits {numbers.source}"
-                if named
-                else f"{it.given} and {it.out} fit {numbers.whose}; no module is named",
-                f"{it.text}: {it.given} = {numbers.ids} x {numbers.id_width}, the ids of {numbers.whose}, but this "
-                f"checkpoint's layer takes "
-                f"{it.taken}{released}.",
-                "SV3D and other derivatives share SVD's layout and take other conditions, so only this width tells them apart.",
-                "Take the UNet weights and config.json from the same release as the code that makes the ids.",
-            )
-        ]
-    if not named:
+def _narrower(it: _Product, message: Message, numbers: Numbers, named: bool) -> Explanation:
+    ids, width = numbers.ids or 1, it.given // (numbers.ids or 1)
+    return Explanation(
+        code="SHP402",
+        title=f"the ids are embedded {width} wide, add_embedding takes them {numbers.id_width} wide",
+        confidence=believed(message, numbers, named=named),
+        reason=f"in-width and out-width fit {numbers.whose}, and {it.given} is {ids} of one other width",
+        evidence=f"{it.text}: {it.given} = {ids} x {width}, {it.taken} = {ids} x {numbers.id_width}.",
+        why="addition_time_embed_dim of the config that was used is another than the one add_embedding's weights were made for.",
+        fix=f"Set addition_time_embed_dim {numbers.id_width} in unet/config.json, or take it from the release of the weights.",
+    )
+
+
+def _of_another_release(it: _Product, message: Message, numbers: Numbers, named: bool) -> list[Explanation]:
+    """add_embedding of another model: this model's ids come, another width is taken."""
+    family = {256: "SV3D-u has 256, one id", 1280: "SV3D-p has 1280 = 256 + 512 + 512"}.get(it.taken)
+    if it.taken % numbers.id_width and not named:
         return []
-    share = it.taken // it.given if it.taken % it.given == 0 else 0
-    part = (
-        f"{it.given} is 1/{share} of {it.taken}, as if 1 of {share} ids was given"
-        if share > 1
-        else f"{it.given} is no whole part of {it.taken}"
-    )
+    confidence = believed(message, numbers, named=named)
     return [
         Explanation(
-            "SHP402",
-            f"add_embedding takes {it.taken} numbers for each clip and got {it.given}",
-            "medium",
-            f"the traceback names add_embedding, but its widths are not those of {numbers.source}, so the number of ids is not known",
-            f"{it.text}: {part}.",
-            "add_embedding takes all micro-conditions of one clip side by side, each embedded to addition_time_embed_dim numbers.",
-            "Give as many ids as projection_class_embeddings_input_dim / addition_time_embed_dim of this UNet's config.json.",
+            code="SHP402",
+            title="the UNet's add_embedding is that of another release",
+            confidence="medium" if confidence == "high" else "low",
+            reason=f"{it.given} and {it.out} fit {numbers.whose}" + ("; the stack names add_embedding" if named else "; no "
+            "module is named"),
+            evidence=f"{it.text}: {it.given} = {numbers.ids} x {numbers.id_width}, the ids of {numbers.source}, but this checkpoint's "
+            f"layer takes {it.taken}{f' ({family})' if family and numbers.id_width == 256 else ''}.",
+            why="SV3D and other derivatives share SVD's layout and take other conditions, so only this width tells them apart.",
+            fix="Take the UNet weights and config.json from the same release as the code that makes the ids.",
         )
-    ]
+    ]  # fmt: skip
 
 
-def _maybe_context(it: _Product) -> bool:
-    return it.given in ENCODERS and it.taken in ENCODERS
+def _not_known(it: _Product, message: Message, numbers: Numbers) -> Explanation:
+    return Explanation(
+        code="SHP402",
+        title=f"add_embedding takes {it.taken} numbers for each sample and got {it.given}",
+        confidence="medium" if message.site == "svd" else "low",
+        reason=f"the stack names add_embedding, but its widths are not those of {numbers.source}, so what they are made of is not known",
+        evidence=f"{it.text}.",
+        why="add_embedding takes everything that is added to the timestep side by side: in SVD the micro-conditions of one clip, each "
+        "embedded to addition_time_embed_dim numbers; in SDXL a pooled text embedding and six such ids.",
+        fix="Compare projection_class_embeddings_input_dim and addition_time_embed_dim in the UNet's config.json with what the code gives.",
+    )  # fmt: skip
 
 
-def _context(it: _Product, numbers: Numbers, named: bool) -> list[Explanation]:
-    into = it.out in numbers.channels
-    is_own = it.taken == numbers.context and into
-    other = it.taken in ENCODERS and into and it.given in ENCODERS
-    if not (named or is_own or other):
+def _context(it: _Product, message: Message, numbers: Numbers, named: bool) -> list[Explanation]:
+    level = it.out in numbers.channels
+    own = it.taken == numbers.context and level
+    known = {it.given, it.taken} <= ENCODERS.keys() and level
+    if not (named or own or known):
         return []
-    if is_own and not named and it.given not in ENCODERS and it.given not in (numbers.clip_hidden, numbers.clip_width):
-        return [
-            _wide(
-                it,
-                numbers,
-                "low",
-                f"{it.taken} and {it.out} fit {numbers.whose}; {it.given} is no known encoder's width",
-            )
-        ]
-    if is_own:
-        sure = named or numbers.own
-        reason = "the traceback names the cross-attention" if named else f"{it.taken} and {it.out} fit {numbers.whose}"
-        return [_wide(it, numbers, "high" if sure else "low", reason)]
-    if named:
-        return [
-            _wide(
-                it,
-                numbers,
-                "medium",
-                f"the traceback names the cross-attention, whose width {it.taken} is not {numbers.source}'s",
-            )
-        ]
-    return [
-        _wide(
-            it,
-            numbers,
+    known_width = it.given in ENCODERS or it.given in (numbers.clip_hidden, numbers.clip_width)
+    if named and own:
+        confidence, reason = believed(message, numbers, named=True), "the stack names the cross-attention"
+    elif named:
+        confidence = "medium" if message.site == "svd" else "low"
+        reason = f"the stack names a cross-attention, whose width {it.taken} is not that of {numbers.source}"
+    elif own and known_width:
+        confidence = believed(message, numbers, named=False)
+        reason = f"{it.taken} and {it.out} fit {numbers.whose}"
+    elif own:
+        confidence, reason = (
+            "low",
+            f"{it.taken} and {it.out} fit {numbers.whose}; {it.given} is no known encoder's width",
+        )
+    else:
+        confidence, reason = (
             "low",
             f"both widths are those of published encoders and {it.out} is a level of {numbers.whose}; no module is named",
         )
-    ]
+    return [_wide(it, numbers, confidence, reason, "image" if message.site == "svd" or own else "text or image")]  # fmt: skip
 
 
-def _wide(it: _Product, numbers: Numbers, confidence: Confidence, reason: str) -> Explanation:
-    encoders = "; ".join(
-        f"{width} is the width of {ENCODERS[width]}" for width in (it.given, it.taken) if width in ENCODERS
-    )
-    hidden = (
-        f" {it.given} is also the hidden width of this model's image encoder: its projection was left out (take image_embeds, not "
-        "last_hidden_state)."
-        if it.given == numbers.clip_hidden != numbers.clip_width
-        else ""
-    )
-    return Explanation(
-        "SHP403",
-        f"{'perhaps ' * (confidence == 'low')}the image embedding has width {it.given}, the cross-attention takes {it.taken}",
-        confidence,
-        reason,
-        f"{it.text}: attn2.to_k or to_v takes {it.taken} and gives {it.out}, encoder_hidden_states came with "
-        f"{it.given}. {encoders}{'.' * bool(encoders)}{hidden}",
-        "encoder_hidden_states goes into attn2.to_k and to_v, whose in-width is the UNet's cross_attention_dim; the image encoder's "
-        "projection_dim must equal it.",
-        f"Take the image encoder of the UNet's own release (projection_dim {it.taken}), or train a projection: "
-        f"conditioning.bridge=linear.",
-    )
-
-
-def _rated(one: Explanation, numbers: Numbers, named: bool, *, unique: bool) -> Explanation:
-    if unique and (named or numbers.own):
-        confidence: Confidence = "high"
-        reason = (
-            "the traceback names add_embedding, and the numbers divide"
-            if named
-            else f"in-width and out-width fit {numbers.source} exactly"
-        )
-    elif unique:
-        confidence, reason = "medium", f"in-width, out-width and count fit {numbers.whose}; the text names no module"
+def _wide(it: _Product, numbers: Numbers, confidence: Confidence, reason: str, kind: str) -> Explanation:
+    hidden = it.given == numbers.clip_hidden != numbers.clip_width
+    told = [f"{width} is the width of {ENCODERS[width]}." for width in (it.given, it.taken) if width in ENCODERS]
+    if hidden:
+        told.append(f"{it.given} is also the hidden width of this model's image encoder, before its projection.")
+        fix = f"Take image_embeds, not last_hidden_state: the projection brings {it.given} to {numbers.clip_width}."
     else:
-        confidence, reason = (
-            "medium" if named or numbers.own else "low",
-            "more than one cause gives these numbers; the shapes tell them apart",
+        fix = (
+            f"Take the encoder of the UNet's own release (its projection_dim is {it.taken}), or train a projection: "
+            "conditioning.bridge=linear."
         )
-    return Explanation(one.code, one.title, confidence, reason, one.evidence, one.why, one.fix)
+    return Explanation(
+        code="SHP403",
+        title=f"{'perhaps ' * (confidence == 'low')}the {kind} embedding has width {it.given}, the cross-attention takes {it.taken}",
+        confidence=confidence,
+        reason=reason,
+        evidence=" ".join([f"{it.text}: attn2.to_k or to_v takes {it.taken} and gives {it.out}, encoder_hidden_states came with "
+                           f"{it.given}.", *told]),
+        why="encoder_hidden_states goes into attn2.to_k and to_v, whose in-width is the UNet's cross_attention_dim; the encoder's "
+        "projection_dim must equal it.",
+        fix=fix,
+    )  # fmt: skip
 
 
 def _linear(it: _Product, message: Message) -> Explanation:
     where = f" (called as self.{message.modules[-1]})" if message.modules else ""
     return Explanation(
-        "SHP410",
-        f"a Linear layer expects in_features={it.taken}, got {it.given}",
-        "low",
-        "only the product itself is certain: these widths fit no layer of SVD that takes a conditioning tensor",
-        f"{it.text}{where}: {it.rows} rows of {it.given} numbers into a layer {it.taken} -> {it.out}.",
-        "The last axis of a layer's input must be its in_features. Another layer, a flatten or a missing transpose "
-        "before it made another.",
-        f"Make the layer's in_features {it.given}, or change what comes before it so that the last axis is {it.taken}; "
+        code="SHP410",
+        title=f"a Linear layer expects in_features={it.taken}, got {it.given}",
+        confidence="low",
+        reason="only the product itself is certain: nothing says that the layer is one of SVD's that takes a conditioning tensor",
+        evidence=f"{it.text}{where}: {it.rows or 'some'} rows of {it.given} numbers into a layer {it.taken} -> {it.out}.",
+        why="The last axis of a layer's input must be its in_features. Another layer, a flatten or a missing transpose before it made "
+        "another.",
+        fix=f"Make the layer's in_features {it.given}, or change what comes before it so that the last axis is {it.taken}; "
         "`svdtune trace FILE.py:Class --input SHAPE` shows every layer up to it.",
     )
+
+
+CAUSES = {"product": product}

@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from typing import Any
 
 from svdtune.guards.catalog import RULES
-from svdtune.guards.explain import channels, loading, products, runtime, spatial
+from svdtune.guards.explain import channels, loading, plain, products, runtime, spatial
 from svdtune.guards.explain.explanation import RANK, Explanation
-from svdtune.guards.explain.messages import Message, last_errors, parse, shapes_in
+from svdtune.guards.explain.messages import Message, last_errors, parse, shapes_in, shortened
 from svdtune.guards.explain.numbers import Numbers, run_numbers, shipped_numbers
 
-_CAUSES: dict[str, Callable[[Message, Numbers], list[Explanation]]] = {
-    "product": products.product,
-    "conv": channels.conv,
-    "norm": channels.norm,
-    "conv_rank": channels.conv_rank,
-    "cat": spatial.cat,
-    "cat_bare": spatial.cat,
-    "broadcast": spatial.broadcast,
-    "broadcast_fake": spatial.broadcast,
-    "expand": spatial.expand,
-    "expand_rank": spatial.expand,
-    "view": spatial.view,
-    "unpack": spatial.unpack,
-    "clip_size": spatial.clip_size,
-    "frame_limit": spatial.frame_limit,
-    "load_cannot": loading.load,
-    "load_size": loading.load,
-    "load_versus": loading.load,
-    "keys": loading.keys,
-    "keys_log": loading.keys,
-    "init": loading.init,
-    "header": loading.header,
-    "unreadable": loading.header,
-    "lfs": loading.lfs,
-    "missing_file": loading.missing_file,
-    "revision": loading.hub,
-    "hub": loading.hub,
-    "dtype_conv": runtime.dtypes,
-    "dtype_product": runtime.dtypes,
-    "dtype_attention": runtime.dtypes,
-    "unscale": runtime.unscale,
-    "nan": runtime.nan,
-    "attribute": runtime.attribute,
-    "attribute_bare": runtime.attribute,
-    "memory": runtime.memory,
-    "launch_shape": runtime.launch_shape,
-    "operator": runtime.operator,
-    "device": runtime.device,
-    "stack": runtime.stack,
-    "short_clip": runtime.short_clip,
-    "decode": runtime.decode,
-    "reduction": runtime.ranks,
-    "no_grad": runtime.ranks,
-    "watchdog": runtime.ranks,
-    "optimizer": runtime.ranks,
-    "seed": runtime.ranks,
-    "scheduler": runtime.scheduler,
-    "empty_scalar": runtime.scheduler,
-    "none_tensor": runtime.none_tensor,
-}
+CAUSES: dict[str, Callable[[Message, Numbers], list[Explanation]]] = {
+    **products.CAUSES, **channels.CAUSES, **spatial.CAUSES, **loading.CAUSES, **runtime.CAUSES, **plain.CAUSES,
+}  # fmt: skip
+"""Kind of message to the function that reasons about it."""
 _SHOWN = 3
+_GENERIC = "SHP410"
 
 
 def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
@@ -73,15 +29,22 @@ def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
     `facts` are the numbers of the model that failed (`numbers_of`); without them SVD-XT's are tried, and said to be assumed.
     """
     numbers = facts or shipped_numbers()
-    found: dict[tuple[str, str], Explanation] = {}
+    found: dict[tuple[str, str, str], tuple[bool, Explanation]] = {}
     for message in parse(text):
-        for one in _CAUSES[message.kind](message, numbers):
-            known = found.get((one.code, one.title))
-            if known is None or RANK[one.confidence] < RANK[known.confidence]:
-                found[one.code, one.title] = _with_ranks(one, message)
-    ordered = sorted(found.values(), key=lambda one: RANK[one.confidence])
-    ordered = list({(one.code, one.why, one.fix): one for one in reversed(ordered)}.values())[::-1]
-    specific = [one for one in ordered if one.code != "SHP410"]
+        for one in CAUSES[message.kind](message, numbers):
+            if not message.last and one.confidence == "high":
+                one = replace(
+                    one, confidence="medium", reason=f"{one.reason}; but it is not the error that the text ends with"
+                )
+            key = (one.code, one.why, one.fix)
+            if key not in found or RANK[one.confidence] < RANK[found[key][1].confidence]:
+                found[key] = (message.last, _with_ranks(one, message))
+    pairs = sorted(found.values(), key=lambda pair: (RANK[pair[1].confidence], not pair[0]))
+    ordered, ends_with = [one for _, one in pairs], {one.code for last, one in pairs if last}
+    if ends_with == {_GENERIC}:
+        return ordered
+    # A mismatch that fits no pattern is not worth saying beside something better.
+    specific = [one for one in ordered if one.code != _GENERIC]
     if any(one.code == "CKP254" for one in specific):
         # The reader's complaint about the header is only the first half of a chained error.
         specific = [one for one in specific if one.code != "CKP252"]
@@ -103,7 +66,12 @@ def render(explanations: Sequence[Explanation], text: str = "") -> str:
     """What the CLI prints; for an empty list what was understood of `text`, and what to send."""
     if not explanations:
         return _unknown(text)
-    return "\n\n".join(_block(number, one, len(explanations)) for number, one in enumerate(explanations[:_SHOWN], 1))
+    blocks = [_block(number, one, len(explanations)) for number, one in enumerate(explanations[:_SHOWN], 1)]
+    if len(explanations) > _SHOWN:
+        blocks.append(f"({len(explanations) - _SHOWN} less likely; --json shows all)")
+    if text and not any(message.last for message in parse(text)):
+        blocks.append(f"The text ends with another error, which I do not know: {last_errors(text)[-1][:200]}")
+    return "\n\n".join(blocks)
 
 
 def as_json(explanations: Sequence[Explanation]) -> list[dict[str, str]]:
@@ -111,23 +79,18 @@ def as_json(explanations: Sequence[Explanation]) -> list[dict[str, str]]:
     return [asdict(one) for one in explanations]
 
 
-def rule_text(code: str) -> str | None:
-    """A rule of the catalog, or the nearest codes for a mistyped one; None when `code` does not look like one."""
-    wanted = code.upper()
-    if rule := RULES.get(wanted):
-        return f"{rule.code}  {rule.title}\n\n{rule.why}\n\nfix: {rule.fix}"
-    if len(wanted) > 8 or not wanted[:1].isalpha() or not any(c.isdigit() for c in wanted) or not wanted.isalnum():
-        return None
-    near = get_close_matches(wanted, sorted(RULES), n=3, cutoff=0.5)
-    return f"no rule {wanted}." + (
-        f" Did you mean {' or '.join(f'{c} ({RULES[c].title})' for c in near)}?" if near else ""
-    )
+def nearest_rules(code: str) -> str:
+    """Rules whose codes are near a mistyped one, as `SHP402 (its title) or ...`; empty where it looks like none."""
+    if not re.fullmatch(r"[A-Za-z]{2,4}\d{1,4}", code):
+        return ""
+    near = get_close_matches(code.upper(), sorted(RULES), n=3, cutoff=0.5)
+    return " or ".join(f"{code} ({RULES[code].title})" for code in near)
 
 
 def _with_ranks(one: Explanation, message: Message) -> Explanation:
     if len(message.ranks) < 2:
         return one
-    return Explanation(**{**asdict(one), "evidence": f"{one.evidence} (ranks {', '.join(message.ranks)})"})
+    return replace(one, evidence=f"{one.evidence} (ranks {', '.join(message.ranks)})")
 
 
 def _block(number: int, one: Explanation, of: int) -> str:
@@ -146,6 +109,8 @@ def _unknown(text: str) -> str:
     said = (
         "\n".join(["What I could read:", *understood]) if understood else "I found no error line and no shapes in it."
     )
+    if len(shortened(text)) < len(text):
+        said += f"\nOf this long text I read the start and the end ({len(shortened(text)) // 1000} of {len(text) // 1000} kB)."
     return (
         f"I do not know this one.\n{said}\nTo find out more send the whole traceback from its first line, of the first rank that failed, "
         "with --config CONFIG;\n`svdtune trace FILE.py:Class --input SHAPE` follows the shapes of your own module."
