@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from svdtune.errors import UsageError
 from svdtune.guards.calls import Call, tensors_in
 from svdtune.guards.findings import Finding
+from svdtune.guards.tracing.layers import features
 from svdtune.guards.tracing.likeness import unlike
 from svdtune.guards.tracing.probes import probe
 from svdtune.guards.tracing.records import Failure, Layer, TraceReport
-from svdtune.guards.tracing.repairs import axis_of_features, keyword_of, remedies
+from svdtune.guards.tracing.repairs import remedies
 from svdtune.guards.tracing.running import Run, count, innermost, is_users, materialized, run, source_of, total
 from svdtune.guards.tracing.target import SMALL, load_target
 from svdtune.guards.tracing.text import changer, origin, plain, where
@@ -37,8 +40,11 @@ def trace(
     `like` is what the output should equal, as a tensor or a shape. The module, its weights and the random state stay as they are.
     """
     made = module() if inspect.isclass(module) else module
+    made = getattr(made, "_orig_mod", made)  # what torch.compile wrapped
     if not isinstance(made, nn.Module):
         raise UsageError(f"trace needs an nn.Module, got {type(made).__name__}")
+    if isinstance(made, torch.jit.ScriptModule):
+        raise UsageError("trace cannot look into a ScriptModule; give the nn.Module that it was made from")
     with redirect_stdout(sys.stderr):
         return _trace(made, inputs, tuple(like.shape) if isinstance(like, torch.Tensor) else tuple(like or ()))
 
@@ -59,6 +65,10 @@ def parse_input(text: str, module: nn.Module) -> torch.Tensor:
     shape, dtype = _shape("--input", sizes), getattr(torch, kind or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"--input {text}: {kind} is no dtype of torch; expected as in int64:2,16")
+    if math.prod(shape) > _MOST_NUMBERS:
+        raise UsageError(
+            f"--input {text}: {math.prod(shape):,} numbers; sizes up to {_MOST_NUMBERS:,} in all show the same shapes"
+        )
     generator = torch.Generator().manual_seed(0)
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
@@ -83,7 +93,7 @@ def _trace(module: nn.Module, inputs: Sequence[Any], like: tuple[int, ...]) -> T
     if reason:
         notes.append(f"run on shapes alone, batch probes skipped: {reason}")
     if not done.ok and _unknowable(done.error):
-        notes.append(f"cannot be followed on shapes alone: {plain(done.error)}")  # pyright: ignore[reportArgumentType]
+        notes.append(f"cannot be followed on shapes alone: {plain(done.error)}")
         return TraceReport(name, _layers(done), done.shapes, notes=tuple(notes))
     if not done.ok:
         return _failed(module, inputs, done, on_shapes, notes)
@@ -106,7 +116,7 @@ def _too_large(module: nn.Module, inputs: Sequence[Any], on_shapes: Run) -> str:
 
 def _unknowable(error: Exception | None) -> bool:
     """Fake tensors have no values and some operators no rule: that says nothing about the module."""
-    return type(error).__module__.startswith("torch._subclasses")
+    return type(error).__module__.startswith("torch._subclasses") or "for tensor subclasses" in str(error)
 
 
 def _layers(done: Run) -> tuple[Layer, ...]:
@@ -158,19 +168,25 @@ def _has_source(module: nn.Module) -> bool:
 
 def _expectation(call: Call, done: Run) -> tuple[str, str, str]:
     shapes = ", ".join(map(str, call.inputs)) or "no tensors"
-    fixed = axis_of_features(call.module)
-    if fixed is None or not call.inputs or len(call.inputs[0]) <= max(fixed[0], 0):
+    if isinstance(call.module, nn.Embedding):
+        return _looked_up(call, call.module.num_embeddings, shapes)
+    fixed = features(call.module)
+    if fixed is None or not call.inputs or not -len(call.inputs[0]) <= fixed.axis < len(call.inputs[0]):
         return f"input {shapes}", "", ""
-    axis, wanted = fixed
-    came = call.inputs[0][axis]
-    if came == wanted:
+    came = call.inputs[0][fixed.axis]
+    if came == fixed.size:
         return f"input {shapes}", "", ""
-    why = f"{origin(came, wanted, done)} {changer(call, done, came, wanted)}".strip()
-    return (
-        f"input {shapes}: {came} at axis {axis}",
-        f"{keyword_of(call.module) or 'embed_dim'}={wanted}: {wanted} at axis {axis}",
-        why,
-    )
+    axis = fixed.axis if fixed.axis == -1 else fixed.axis % len(call.inputs[0])
+    why = f"{origin(came, fixed.size, done)} {changer(call, done, came, fixed.size)}".strip()
+    return f"input {shapes}: {came} at axis {axis}", f"{fixed.keyword}={fixed.size}: {fixed.size} at axis {axis}", why
+
+
+def _looked_up(call: Call, rows: int, shapes: str) -> tuple[str, str, str]:
+    """What an embedding was asked for."""
+    given, expected = tensors_in(call.arguments), f"whole numbers from 0 to {rows - 1} (num_embeddings={rows})"
+    if not given or not given[0].numel() or isinstance(given[0], FakeTensor) or given[0].is_floating_point():
+        return f"input {shapes}" + (f" of {given[0].dtype}" if given else ""), expected, ""
+    return f"input {shapes} with numbers from {int(given[0].min())} to {int(given[0].max())}", expected, ""
 
 
 def _backward(done: Run) -> Failure:
@@ -216,22 +232,52 @@ def _holds(module: nn.Module, file: str, line: int) -> bool:
 
 
 def _no_gradient(done: Run) -> list[Finding]:
-    """SHP452: nothing that leaves the module can be learned from."""
+    """SHP452: nothing that leaves the module can be learned from, or a layer that ran gets no gradient."""
     trained = [name for name, p in done.module.named_parameters() if p.requires_grad]
-    if not trained or not tensors_in(done.outputs) or total(done.outputs) is not None:
+    made = tensors_in(done.outputs)
+    if not trained or not made:
         return []
+    return _cut_off(done) if total(done.outputs) is not None else [_all_cut(done, made)]
+
+
+def _all_cut(done: Run, made: list[torch.Tensor]) -> Finding:
     last = next((c for c in reversed(done.calls) if any(t.requires_grad for t in tensors_in(c.outputs))), None)
     cut = next((o for o in done.operations if _cuts(o)), None)
     at = where(cut.path, cut.file, cut.line, done) if cut else type(done.module).__name__
     where_last = f"the last output with a gradient is that of {last.path}" if last else "no layer's output has one"
-    kind = f"{cut.name} cuts the way to the parameters" if cut else "the output has no way back to the parameters"
+    kind = f"after {cut.name} nothing requires a gradient" if cut else "the output has no way back to the parameters"
+    numbers = made[0].is_floating_point() or made[0].is_complex()
+    return Finding(
+        "SHP452", "error" if numbers else "warning", at, f"{kind}: {where_last}" if numbers else f"the output is {made[0].dtype}",
+        "an output that requires grad",
+        "loss.backward() raises \"element 0 of tensors does not require grad and does not have a grad_fn\".",
+        "Return the tensor before it is detached, and leave torch.no_grad to the code that only infers." if numbers
+        else "For training return the numbers from which it is made.",
+    )  # fmt: skip
+
+
+def _cut_off(done: Run) -> list[Finding]:
+    """Layers that gave something with a gradient, of which none came back."""
+    lost = [call for call in done.calls if _learns_nothing(call)]
+    names = list(dict.fromkeys(call.path or type(call.module).__name__ for call in lost))
+    if not names:
+        return []
+    cut = next((o for o in done.operations if _cuts(o)), None)
+    at = where(cut.path, cut.file, cut.line, done) if cut else names[0]
     return [
         Finding(
-            "SHP452", "error", at, f"{kind}: {where_last}", "an output that requires grad",
-            "loss.backward() raises \"element 0 of tensors does not require grad and does not have a grad_fn\".",
-            "Return the tensor before it is detached, and leave torch.no_grad to the code that only infers.",
+            "SHP452", "warning", at, f"no gradient reaches {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+            "a gradient for each layer that ran", "What these layers give is detached, or has no part in what the module returns: they "
+            "would stay as they are, and DDP would wait for their gradients.",
+            "Take the detach or no_grad away, or freeze them with requires_grad_(False) where that is meant.",
         )
     ]  # fmt: skip
+
+
+def _learns_nothing(call: Call) -> bool:
+    own = [parameter for parameter in call.module.parameters(recurse=False) if parameter.requires_grad]
+    gave = any(tensor.requires_grad for tensor in tensors_in(call.outputs))
+    return gave and bool(own) and all(parameter.grad is None for parameter in own)
 
 
 def _cuts(operation: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import traceback
@@ -20,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from svdtune.guards.calls import Call, record_calls, tensors_in
+from svdtune.guards.tracing.copying import twin_of
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parents[1])
@@ -73,7 +73,8 @@ class Run:
     operations: list[Operation]
     outputs: Any = None
     error: Exception | None = None
-    stage: Literal["forward", "backward", ""] = ""
+    stage: Literal["change", "forward", "backward", ""] = ""
+    fake: bool = False
     anomaly: str = ""
     """torch's traceback of the forward operation whose backward failed."""
     reached: list[Call] = field(default_factory=list)
@@ -99,18 +100,20 @@ def run(
     fake: bool = True,
     evaluate: bool = False,
     backward: bool = True,
-    seed: int = 0,
 ) -> Run:
     """A copy of `module` with `changes`, forward and backward; `module` itself and the random state stay as they are."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
     with _quiet(), torch.random.fork_rng(devices=[]), mode, torch.enable_grad():
-        torch.manual_seed(seed)
-        copied = _copy(module, fake=fake)
+        torch.manual_seed(0)
+        copied = twin_of(module, fake=fake)
         if evaluate:
             copied.eval()
-        given = [_give(value, fake=fake) for value in inputs]
-        added = _apply(copied, given, changes)
-        return _run(copied, given, changes, added, backward=backward)
+        given = list(twin_of(tuple(inputs), fake=fake))
+        try:
+            added = _apply(copied, given, changes)
+        except Exception as error:  # a change that this module cannot take
+            return Run(copied, [], [], error=error, stage="change", fake=fake)
+        return _run(copied, given, changes, added, backward=backward, fake=fake)
 
 
 def count(module: nn.Module) -> int:
@@ -122,9 +125,9 @@ def materialized(module: nn.Module, inputs: Sequence[Any]) -> nn.Module:
     """The module itself, or a copy whose lazy layers know their sizes (as far as it runs)."""
     if not any(is_lazy(p) for p in module.parameters()):
         return module
-    made = _copy(module, fake=False)
+    made = twin_of(module, fake=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), suppress(Exception):  # a failure shows again in the trace
-        made(*[_give(value, fake=False) for value in inputs])
+        made(*twin_of(tuple(inputs), fake=False))
     return made
 
 
@@ -146,15 +149,19 @@ def is_users(file: str) -> bool:
     return not file.startswith((_TORCH, _OURS, "<")) and "/lib/python" not in file.replace("/site-packages", "@")
 
 
-def _run(copied: nn.Module, given: list[Any], changes: Sequence[Change], added: list[Any], *, backward: bool) -> Run:
+def _run(
+    copied: nn.Module, given: list[Any], changes: Sequence[Change], added: list[Any], *, backward: bool, fake: bool
+) -> Run:
     with record_calls(copied) as calls:
         watch = _Operations(calls, {c.at: c.make for c in changes if c.kind == "operation"})
-        result = Run(copied, calls, watch.seen)
+        result = Run(copied, calls, watch.seen, fake=fake)
         try:
             with watch:
                 result.outputs = copied(*given)
         except Exception as error:  # the failure that the trace is about
             result.error, result.stage = error, "forward"
+        except SystemExit as stop:
+            result.error, result.stage = RuntimeError(f"sys.exit({stop.code!r}) was called"), "forward"
     result.parameters = count(copied) + sum(count(m) for m in added if isinstance(m, nn.Module))
     if result.ok and backward:
         _backward(result)
@@ -220,31 +227,6 @@ def _users_line() -> tuple[str, int]:
                 return file, frame.f_lineno
         frame = frame.f_back
     return first
-
-
-def _copy(module: nn.Module, *, fake: bool) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        held = [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]
-        for tensor in held:
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo and not is_lazy(tensor):
-                memo[id(tensor)] = _twin(tensor, fake=fake)
-    return copy.deepcopy(module, memo)
-
-
-def _twin(tensor: torch.Tensor, *, fake: bool) -> torch.Tensor:
-    shape, stride, dtype = tensor.shape, tensor.stride(), tensor.dtype
-    made = torch.empty_strided(shape, stride, dtype=dtype, device="cpu") if fake else tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made
-
-
-def _give(value: Any, *, fake: bool) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    twin = _twin(value, fake=fake).detach()
-    return twin.requires_grad_() if value.requires_grad else twin
 
 
 def _apply(copied: nn.Module, given: list[Any], changes: Sequence[Change]) -> list[Any]:

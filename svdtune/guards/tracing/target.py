@@ -47,7 +47,10 @@ def load_target(spec: str, arguments: str = "{}") -> Target:
     if name not in namespace:
         raise UsageError(_unknown(file, name, namespace, notes))
     with redirect_stdout(sys.stderr):
-        return Target(_build(spec, namespace[name], keywords), tuple(notes))
+        try:
+            return Target(_build(spec, namespace[name], keywords), tuple(notes))
+        except UsageError as error:
+            raise UsageError("\n".join([str(error), *notes])) from error
 
 
 def _keywords(arguments: str) -> dict[str, Any]:
@@ -68,13 +71,15 @@ def _execute(path: Path, name: str) -> tuple[dict[str, Any], list[str]]:
         raise UsageError(f"{path}:{error.lineno}: {error.msg}") from error
     made = types.ModuleType(path.stem)
     made.__file__ = str(path)
-    # Dataclasses and pickle look the module of a class up there.
-    made.__name__ = f"_traced_{path.stem}"
+    # Relative imports start from the packages that the file lies in; dataclasses and pickle look a class's module up.
+    packages = _packages(path.resolve())
+    made.__package__ = ".".join(packages)
+    made.__name__ = ".".join([*packages, f"_traced_{path.stem}"])
     sys.modules[made.__name__] = made
     notes: list[str] = []
     # A name that is nowhere made is not waited for through loops.
     absent = name not in _bound(tree)
-    with _beside(path), redirect_stdout(sys.stderr):
+    with _beside(path.resolve().parents[len(packages)], path), redirect_stdout(sys.stderr):
         for statement in tree.body:
             note = _execute_one(statement, str(path), made.__dict__, _flags(tree), absent or name in made.__dict__)
             notes += [note] if note else []
@@ -107,10 +112,20 @@ def _bound(tree: ast.Module) -> set[str]:
     return names | {(alias.asname or alias.name).partition(".")[0] for alias in imported}
 
 
+def _packages(path: Path) -> list[str]:
+    """Names of the packages (folders with an `__init__.py`) that a file lies in, outermost first."""
+    names: list[str] = []
+    for folder in path.parents:
+        if not (folder / "__init__.py").is_file():
+            break
+        names.insert(0, folder.name)
+    return names
+
+
 @contextmanager
-def _beside(path: Path) -> Iterator[None]:
+def _beside(root: Path, path: Path) -> Iterator[None]:
     before, arguments = list(sys.path), sys.argv
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.path[:0] = [str(path.parent.resolve()), str(root)]
     sys.argv = [str(path)]
     try:
         yield
@@ -120,9 +135,7 @@ def _beside(path: Path) -> Iterator[None]:
 
 def _unknown(file: str, name: str, namespace: dict[str, Any], notes: list[str]) -> str:
     known = [
-        key
-        for key, value in namespace.items()
-        if _is_module(value) and getattr(value, "__module__", "").startswith("_traced_")
+        key for key, value in namespace.items() if _is_module(value) and "_traced_" in getattr(value, "__module__", "")
     ]
     known += [key for key, value in namespace.items() if isinstance(value, nn.Module) and key not in known]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

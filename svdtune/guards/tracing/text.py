@@ -29,7 +29,7 @@ def where(path: str, file: str, line: int, the_run: Run) -> str:
     return f"{owner} ({Path(file).name}:{line}{f': `{text}`' if text else ''})" if line else owner
 
 
-def plain(error: Exception) -> str:
+def plain(error: Exception | None) -> str:
     """First line of a message, in the wording of real tensors."""
     lines = str(error).strip().splitlines()
     text = lines[0].partition(" Hint: the backtrace")[0].rstrip(".") if lines else ""
