@@ -21,6 +21,10 @@ _RANDOM = (
 _TEMPORAL = re.compile(
     r"temporal_transformer_blocks\.|temporal_res_block\.|time_pos_embed\.|time_mixer\.|time_conv_out\."
 )
+_BLOCK = re.compile(
+    r"(?:model\.diffusion_model\.|first_stage_model\.|conditioner\.embedders\.\d+\.[\w.]*?(?=visual))?"
+    r"(?:encoder\.|decoder\.|visual\.)?\w+(?:\.\d+)?(?:\.layers\.\d+|\.resblocks\.\d+)?"
+)
 _ANCHOR = {
     "unet": "conv_in.weight",
     "vae": "encoder.conv_in.weight",
@@ -146,8 +150,8 @@ def _missing(where: str, part: str, missing: list[str], expected: Shapes) -> Fin
             why=f"The {part} was saved without them (an image model's weights under new names, or a pruned file). {_RANDOM}",
         )  # fmt: skip
     if len(missing) == len(expected):
-        return replace(finding, got=f"none of its names is there (missing: {_some(missing)})")
-    return replace(finding, got=f"{len(missing)} weights are missing: {_blocks(missing)}")
+        return replace(finding, got=f"none of its names is there (missing: {some(missing)})")
+    return replace(finding, got=f"{len(missing)} weights are missing: {blocks_of(missing)}")
 
 
 def _unexpected(where: str, names: list[str]) -> Finding:
@@ -160,7 +164,7 @@ def _unexpected(where: str, names: list[str]) -> Finding:
         "CKP210",
         "error",
         where,
-        f"{len(names)} weights that the network has no place for: {_some(names)}",
+        f"{len(names)} weights that the network has no place for: {some(names)}",
         "none",
         why,
         _ONE_RELEASE,
@@ -186,13 +190,14 @@ def _misshapen(where: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int
     return findings
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _blocks(names: list[str]) -> str:
+def blocks_of(names: list[str]) -> str:
     """`down_blocks.0 (12), conv_out (2)`: how many of which block."""
-    matches = (re.match(r"(?:encoder\.|decoder\.)?\w+(?:\.\d+)?(?:\.layers\.\d+)?", name) for name in names)
+    matches = (re.match(_BLOCK, name) for name in names)
     blocks = Counter(match.group(0) for match in matches if match)
     told = [f"{block} ({count})" for block, count in blocks.most_common(6)]
     return ", ".join(told) + (f" and {len(blocks) - 6} more blocks" if len(blocks) > 6 else "")

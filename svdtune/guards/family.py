@@ -10,6 +10,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _TEMPORAL = ("temporal_transformer_blocks.", "temporal_res_block.", ".time_stack.")
 _LORA = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_A.default.weight")
+_LYCORIS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".oft_blocks", ".diff_b")
 _NO_FRAMES = "SVD (14 frames) and SVD-XT (25) have the same shapes: no header tells them apart."
 
 
@@ -47,7 +48,9 @@ def recognise(shapes: Shapes) -> Family:
             return _with_unet(shapes, part, found, prefixes)
     if _motion_module(shapes):
         return Family(
-            "AnimateDiff motion module", "original", notes=("It is an addition to an image model, not a model.",)
+            "AnimateDiff motion module",
+            "",
+            notes=("It is an addition to an image model, not a model.",),
         )
     for part, name in (("vae", "VAE"), ("image_encoder", "CLIP vision tower"), ("text_encoder", "CLIP text tower")):
         if part in found:
@@ -173,6 +176,7 @@ def _parts(shapes: Shapes) -> dict[str, tuple[str, str] | None]:
         ),
         "text_encoder": _first(
             (_before(shapes, "text_model.embeddings.token_embedding.weight"), "transformers"),
+            (_before(shapes, "embeddings.token_embedding.weight", "final_layer_norm.weight"), "transformers"),
             (_before(shapes, "token_embedding.weight", "text_projection"), "original"),
         ),
     }  # fmt: skip
@@ -209,6 +213,8 @@ def _lora(shapes: Shapes) -> Family | None:
     """A LoRA of any writer; its base by the width that the adapters of cross-attention take."""
     down = {name: shape for name, shape in shapes.items() if name.endswith(_LORA)}
     others = [n for n in shapes if not any(mark in n for mark in ("lora", "alpha", "dora_scale", "network_"))]
+    if any(name.endswith(_LYCORIS) for name in shapes):
+        return Family("LoRA", "lycoris", notes=("LoHa, LoKr or OFT: it adds to a model and is none.",))
     if not down or len(others) > len(down):
         return None
     kohya = any(name.endswith(".lora_down.weight") for name in down)

@@ -6,11 +6,12 @@ import json
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from svdtune.errors import ModelError
 
@@ -24,7 +25,7 @@ BYTES = {
 
 _LIMIT = 100_000_000  # The format's own: longer headers are refused by its readers.
 _AGAIN = "Download it again, and compare its size with the one on its page."
-_PICKLE = "It is a pickle, which can run code when it is opened; svdtune reads safetensors only. Take the safetensors of the release."
+_PICKLE = "It can run code when it is opened; svdtune reads safetensors only. Take the safetensors of the release."
 _MAGIC: tuple[tuple[bytes, Kind, str], ...] = (
     (b"version https://git-lfs", "lfs", "a git-LFS pointer: the repository was cloned without its large files. Run "
      "`git lfs pull` in it, or download with `hf download`."),
@@ -71,9 +72,10 @@ def read_header(path: Path) -> Header:
     Raises BadFile saying what the file is instead, or how it is damaged.
     """
     if not path.is_file():
-        raise BadFile(path, "missing", "no such file.")
+        what = "a link that leads nowhere." if path.is_symlink() else "no such file."
+        raise BadFile(path, "missing", what)
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(512)
         _refuse_other_kinds(path, size, start)
         length = struct.unpack("<Q", start[:8])[0]
@@ -82,6 +84,10 @@ def read_header(path: Path) -> Header:
         file.seek(8)
         content = _parse(path, file.read(length))
     metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise BadFile(path, "damaged", f"its header's __metadata__ is no object of texts. {_AGAIN}")
+    if not content:
+        raise BadFile(path, "empty", f"it is whole and holds no tensor. {_AGAIN}")
     tensors, end = _entries(path, content)
     expected = 8 + length + end
     if size < expected:
@@ -90,7 +96,14 @@ def read_header(path: Path) -> Header:
         raise BadFile(
             path, "damaged", f"{size - expected:,} bytes follow the last tensor that its header declares. {_AGAIN}"
         )
-    return Header(path, tensors, metadata if isinstance(metadata, dict) else {})
+    return Header(path, tensors, metadata)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise BadFile(path, "other", f"cannot be opened: {error.strerror}.") from None
 
 
 def read_index(path: Path) -> list[str]:
@@ -122,8 +135,8 @@ def _sniff(path: Path, start: bytes) -> tuple[Kind, str]:
     if start.startswith(b"PK"):
         return _zip(path)
     # Protocols 2 to 5 begin so; protocol 0 begins with a global (`cmodule\nname\n`) or a mark.
-    if re.match(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|\(d?[lp]", start):
-        return "pickle", f"a file of torch.save. {_PICKLE}"
+    if re.match(rb"\x80[\x02-\x05]|c[\w.]+\n[\w.]+\n|\(d?[lp]|[\]}(]q\x00", start):
+        return "pickle", f"a pickle, as torch.save and others write. {_PICKLE}"
     return _text(start)
 
 
@@ -158,8 +171,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in content if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise BadFile(
                 path, "damaged", f"its header names {twice!r} twice. Write the file again; one of both is lost."
             )
@@ -178,12 +190,14 @@ def _entries(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Entry], 
     for name, entry in content.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+            if dtype not in BYTES or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise TypeError
-            wrong = dtype in BYTES and prod(shape) * BYTES[dtype] != end - begin
+            wrong = prod(shape) * BYTES[dtype] != end - begin
         except (TypeError, KeyError, ValueError):
             raise BadFile(
-                path, "damaged", f"its header says of {name!r} no dtype, shape and data_offsets. {_AGAIN}"
+                path,
+                "damaged",
+                f"its header says of {name!r} no dtype, shape and data_offsets that safetensors know. {_AGAIN}",
             ) from None
         if wrong:
             raise BadFile(

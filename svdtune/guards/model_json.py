@@ -49,19 +49,20 @@ def read_jsons(folder: Path) -> tuple[dict[str, dict[str, Any]], list[Finding]]:
 
 
 def check_json(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    """CKP213-217 on the parts that could be read."""
-    findings = [finding for name in _NEEDED if name in parts for finding in _needed(folder, name, parts[name])]
-    if "unet" in parts:
-        findings += _unet_heads(folder / FILES["unet"], parts["unet"])
-    if "image_encoder" in parts:
-        findings += _clip(folder / FILES["image_encoder"], parts["image_encoder"])
-    if "vae" in parts:
-        findings += _scaling(folder / FILES["vae"], parts["vae"])
-    if "feature_extractor" in parts:
-        findings += _pictures(folder / FILES["feature_extractor"], parts["feature_extractor"])
-    if "scheduler" in parts:
-        findings += _scheduler(folder / FILES["scheduler"], parts["scheduler"])
-    return findings
+    """CKP213-217 and CKP220 on the parts that could be read."""
+    return [found for part in parts for found in check_part_json(folder / FILES[part], part, parts[part])]
+
+
+def check_part_json(path: Path, part: str, config: Mapping[str, Any]) -> list[Finding]:
+    """The same for the JSON of one part."""
+    checks = {
+        "unet": _unet_heads,
+        "image_encoder": _clip,
+        "vae": _scaling,
+        "feature_extractor": _pictures,
+        "scheduler": _scheduler,
+    }
+    return [*_needed(path, part, config), *checks[part](path, config)]
 
 
 def shipped(part: str) -> dict[str, Any]:
@@ -119,8 +120,8 @@ def _wrong_class(name: str, content: Mapping[str, Any], path: Path) -> Finding |
     return Finding("CKP207", "error", str(path), f"class {got}", wanted, why, fix)
 
 
-def _needed(folder: Path, name: str, config: Mapping[str, Any]) -> list[Finding]:
-    missing = [key for key in _NEEDED[name] if key not in config]
+def _needed(path: Path, name: str, config: Mapping[str, Any]) -> list[Finding]:
+    missing = [key for key in _NEEDED.get(name, ()) if key not in config]
     if not missing:
         return []
     why = {
@@ -132,7 +133,7 @@ def _needed(folder: Path, name: str, config: Mapping[str, Any]) -> list[Finding]
         Finding(
             code,
             "error",
-            str(folder / FILES[name]),
+            str(path),
             f"no {', '.join(missing)}",
             "every number that shapes follow from",
             why,

@@ -82,7 +82,7 @@ def check_folder(folder: Path, config: Config) -> list[Finding]:
     findings += _absent(folder, found, config.model.variant)
     for part, weights in found.items():
         if weights.files:
-            findings += _part(folder / part, part, weights, parts.get(part), config)
+            findings += check_part(folder / part, part, weights, parts.get(part), config)
     return findings
 
 
@@ -176,7 +176,10 @@ def cached_snapshot(model: Model) -> Path | None:
     )
 
 
-def _part(folder: Path, part: str, weights: Weights, config: Mapping[str, Any] | None, run: Config) -> list[Finding]:
+def check_part(
+    folder: Path, part: str, weights: Weights, config: Mapping[str, Any] | None, run: Config
+) -> list[Finding]:
+    """Findings about the weights of one part, against the network that its config makes."""
     tensors, findings = read_part(weights)
     if findings:
         return findings

@@ -8,7 +8,7 @@ import pytest
 
 from svdtune.guards.family import recognise
 from svdtune.guards.headers import read_header
-from svdtune.model.facts import TINY
+from svdtune.model.facts import PACKAGE, TINY
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -16,7 +16,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 @pytest.fixture(scope="module")
 def released():
     """All names and shapes of the authors' single SVD-XT file."""
-    with gzip.open(ASSETS / "svd_xt_original_keys.json.gz", "rt") as file:
+    with gzip.open(PACKAGE / "facts" / "original" / "svd_xt.json.gz", "rt") as file:
         return {name: tuple(shape) for name, shape in json.load(file).items()}
 
 

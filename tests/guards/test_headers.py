@@ -120,7 +120,7 @@ def test_another_zip_is_not_called_a_pickle(tmp_path):
          8, "names 'a' twice"),
         (b'{"a": nonsense}', 8, "not valid JSON"),
         ({"a": entry(shape=(3,))}, 8, "a is declared as F32 [3] = 12 bytes, but has 8"),
-        ({"a": {"dtype": "F32"}}, 8, "says of 'a' no dtype, shape and data_offsets"),
+        ({"a": {"dtype": "F32"}}, 8, "says of 'a' no dtype, shape and data_offsets that safetensors know"),
         ({"a": "x"}, 8, "says of 'a' no dtype"),
         ({"a": entry(), "b": entry(offsets=(12, 20))}, 20, "b begins at byte 12 of the data, the one before ends at 8"),
         ({"a": entry(), "b": entry(offsets=(4, 12))}, 12, "b begins at byte 4 of the data"),
