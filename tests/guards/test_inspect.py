@@ -112,7 +112,7 @@ CHANGED = [
     (lambda s: {n: v for n, v in s.items() if "resblocks.30" not in n}, "12 are missing: conditioner.embedders.0"),
     (lambda s: {**s, FFN: [17, 1280]}, "[17, 1280]"),
     (
-        lambda s: {n.replace("embed.2", "embed.3"): v for n, v in s.items()},
+        lambda s: {n.replace(".time_embed.2", ".time_embed.3"): v for n, v in s.items()},
         "2 are missing: model.diffusion_model.time_embed",
     ),
     (
