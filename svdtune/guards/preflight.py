@@ -35,10 +35,11 @@ def run_preflight(config: Config | None, options: Options = Options()) -> Report
     `config` may be None for the stage `env` alone. Patches of findings are applied together, everything is run again,
     and a patch that does not make its finding go away is dropped.
     """
-    report = _run(config, options)
+    first = _Run(config, options)
+    report = first.report()
     if config is None or not any(finding.patch for finding in report.findings):
         return report
-    return replace(report, findings=_verified(config, options, report))
+    return replace(report, findings=_verified(config, first, report))
 
 
 def unreadable(errors: Sequence[ConfigError], repaired: Config | None, options: Options = Options()) -> Report:
@@ -62,32 +63,31 @@ def _unreadable(error: ConfigError, repaired: bool) -> Finding:
     return Finding("CFG101", "error", where, got, fix=fix, patch=error.patch, verified=True)
 
 
-def _run(config: Config | None, options: Options) -> Report:
-    run = _Run(config, options)
-    stages: list[Stage] = []
-    for name in STAGES if options.only is None else (options.only,):
-        started = time.perf_counter()
-        found = run.check(name)
-        failed = found is not None and any(finding.severity == "error" for finding in found)
-        status = "skipped" if found is None else "failed" if failed else "ok"
-        stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
-        if options.on_stage:
-            options.on_stage(stages[-1])
-        run.findings += found or []
-    ignore = config.preflight.ignore if config else []
-    ignored = [finding for finding in run.findings if finding.code in ignore]
-    kept = [finding for finding in run.findings if finding.code not in ignore]
-    return Report(stages, kept, ignored, _axes(config), run.predicted)
-
-
 class _Run:
-    """What the stages of one pass hand to each other."""
+    """One pass over the stages, and what they hand to each other."""
 
-    def __init__(self, config: Config | None, options: Options) -> None:
-        self.config, self.options = config, options
+    def __init__(self, config: Config | None, options: Options, before: _Run | None = None) -> None:
+        self.config, self.options, self.before = config, options, before
         self.findings: list[Finding] = []
         self.predicted: dict[str, Any] = {}
-        self._needed: Any = None
+        self.rehearsal: Any = None
+
+    def report(self) -> Report:
+        """All stages, or the one that was asked for."""
+        stages: list[Stage] = []
+        for name in STAGES if self.options.only is None else (self.options.only,):
+            started = time.perf_counter()
+            found = self.check(name)
+            failed = found is not None and any(finding.severity == "error" for finding in found)
+            status = "skipped" if found is None else "failed" if failed else "ok"
+            stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
+            if self.options.on_stage and self.before is None:
+                self.options.on_stage(stages[-1])
+            self.findings += found or []
+        ignore = self.config.preflight.ignore if self.config else []
+        ignored = [finding for finding in self.findings if finding.code in ignore]
+        kept = [finding for finding in self.findings if finding.code not in ignore]
+        return Report(stages, kept, ignored, _axes(self.config), self.predicted)
 
     def check(self, name: str) -> list[Finding] | None:
         """Findings of one stage; None when it cannot start."""
@@ -124,24 +124,31 @@ class _Run:
             return None  # an earlier stage says what is wrong with the model's configs or the targets
         if any(finding.severity == "error" for finding in found):
             return found
+        self.rehearsal = self._rehearsed(config)
+        known = {finding.code for finding in self.findings} & {"CFG108", "CKP201"}
+        return [*found, *(finding for finding in self.rehearsal.findings if finding.code not in known)]
+
+    def _rehearsed(self, config: Config) -> Any:
+        """The step at this configuration's sizes; that of the pass before where a patch changed nothing it reads."""
+        before = self.before
+        if before and before.config and before.rehearsal and _of_step(before.config) == _of_step(config):
+            return before.rehearsal
         from svdtune.guards.shapes import rehearse
 
-        rehearsal = rehearse(config)
-        self._needed = rehearsal.needed
-        known = {finding.code for finding in self.findings} & {"CFG108", "CKP201"}
-        return [*found, *(finding for finding in rehearsal.findings if finding.code not in known)]
+        return rehearse(config)
 
     def _memory(self, config: Config) -> list[Finding] | None:
         found = self._shapes(config) if self.options.only else []
-        if self._needed is None:
+        needed = self.rehearsal.needed if self.rehearsal else None
+        if needed is None:
             return found or None
         from svdtune.guards.environment import check_disk
         from svdtune.guards.memory import check_memory, device_bytes
 
-        self.predicted = self._needed.as_json(device_bytes(self.options.device_bytes))
+        self.predicted = needed.as_json(device_bytes(self.options.device_bytes))
         return [
-            *check_memory(config, self._needed, self.options.device_bytes),
-            *check_disk(config, self._needed.trained_parameters),
+            *check_memory(config, needed, self.options.device_bytes),
+            *check_disk(config, needed.trained_parameters),
         ]
 
 
@@ -153,18 +160,24 @@ def merged(patches: Sequence[Sequence[str]]) -> list[str]:
     return list(first.values())
 
 
-def _verified(config: Config, options: Options, report: Report) -> list[Finding]:
+def _of_step(config: Config) -> tuple[Any, ...]:
+    """What the rehearsal reads of a configuration, and more."""
+    data = config.data
+    sections = config.run, config.model, config.conditioning, config.adapt, config.train, config.memory
+    return *sections, data.num_frames, data.height, data.width
+
+
+def _verified(config: Config, first: _Run, report: Report) -> list[Finding]:
     """Each patch marked verified, or dropped: all together where they agree, else one by one."""
-    options = replace(options, on_stage=None)
     patches = [finding.patch for finding in report.findings if finding.patch]
     together = merged(patches)
-    after = _errors_with(config, options, together)
+    after = _errors_with(config, first, together)
     agree = after is not None and not _spoiled(report, after)
     done = []
     for finding in report.findings:
         if finding.patch:
             alone = len(patches) > 1 and not (agree and set(finding.patch) <= set(together))
-            seen = _errors_with(config, options, finding.patch) if alone else after
+            seen = _errors_with(config, first, finding.patch) if alone else after
             holds = (
                 seen is not None
                 and _identity(finding) not in map(_identity, seen.findings)
@@ -175,10 +188,10 @@ def _verified(config: Config, options: Options, report: Report) -> list[Finding]
     return done
 
 
-def _errors_with(config: Config, options: Options, patch: Sequence[str]) -> Report | None:
+def _errors_with(config: Config, first: _Run, patch: Sequence[str]) -> Report | None:
     """What is found with `patch` applied; None when the configuration is refused."""
     try:
-        return _run(with_overrides(config, patch), options)
+        return _Run(with_overrides(config, patch), first.options, first).report()
     except SvdtuneError:
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -294,9 +294,16 @@ def test_training_and_preflight_break_alike(tiny, monkeypatch):
 
 def test_an_unforeseen_error_is_explained_before_its_traceback(tiny, capsys):
     message = "mat1 and mat2 shapes cannot be multiplied (4x32 and 96x256)"
+    in_the_step, elsewhere = (
+        compile(f"raise RuntimeError({message!r})", file, "exec")
+        for file in ("/x/svdtune/trainer/step.py", "/x/mine.py")
+    )
     with pytest.raises(RuntimeError, match="mat1"), cli._explained(tiny()):
-        raise RuntimeError(message)
+        exec(in_the_step)
     assert "SHP402" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="mat1"), cli._explained(tiny()):
+        exec(elsewhere)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_nobody_knows_is_left_alone(tiny, capsys):
@@ -330,3 +337,34 @@ def test_a_finding_reads_as_a_block():
         "",
         "preflight: 1 error; needs about 3.2 GiB of device memory in each process",
     ]
+
+
+class Watched:
+    """A configuration that remembers which options were read."""
+
+    def __init__(self, inside, name="", read=None):
+        vars(self).update(inside=inside, name=name, read=set() if read is None else read)
+
+    def __getattr__(self, key):
+        value, name = getattr(self.inside, key), f"{self.name}.{key}".lstrip(".")
+        if is_dataclass(value):
+            return Watched(value, name, self.read)
+        self.read.add(name)
+        return value
+
+
+def test_the_step_is_rehearsed_again_only_where_a_patch_changes_what_it_reads(tiny, monkeypatch):
+    watched = Watched(tiny())
+    shapes.rehearse(watched)
+    sizes = {"data.num_frames", "data.height", "data.width"}
+    whole = {"run", "model", "conditioning", "adapt", "train", "memory"}
+    assert {name for name in watched.read if name.partition(".")[0] not in whole} == sizes
+    rehearsed = []
+    monkeypatch.setattr(shapes, "rehearse", lambda config: rehearsed.append(config) or shapes.Rehearsal([]))
+    patched = run_preflight(
+        tiny("tracking.backends=[wandb]", "tracking.wandb_mode=online", "conditioning.noise_aug=[-3.0,0.5]")
+    )
+    assert [finding.verified for finding in patched.findings] == [True]
+    assert len(rehearsed) == 1
+    run_preflight(tiny("data.num_frames=7"))
+    assert [config.data.num_frames for config in rehearsed[1:]] == [7, 8]
