@@ -528,6 +528,7 @@ IDS_TRACE = TRACE.format(code=IDS, message=WORDINGS[0].format(4, 256, 768, 1280)
     "around",
     [
         lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("    return F.linear(input, self.weight, self.bias)\n", ""),
         lambda text: "\n".join(f"> {line}" for line in text.splitlines()),
         lambda text: "\n".join(f"2026-01-01T12:00:00.123456Z {line}" for line in text.splitlines()),
         lambda text: "\n".join(f"[rank0]:E1125 21:42:00.100000 77 x.py:3] {line}" for line in text.splitlines()),

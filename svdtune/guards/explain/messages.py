@@ -298,9 +298,12 @@ def _stack(segment: Sequence[str]) -> tuple[tuple[Frame, ...], set[int]]:
     for number, line in enumerate(segment):
         if not (match := _FRAME.match(line)):
             continue
-        source = segment[number + 1] if number + 1 < len(segment) and not _FRAME.match(segment[number + 1]) else ""
-        code.add(number + 1)
+        following = segment[number + 1] if number + 1 < len(segment) else ""
+        shown = following.startswith("  ") and not _FRAME.match(following)
+        source = following.strip() if shown else ""
+        if shown:
+            code.add(number + 1)
         file = match["file"].replace("\\", "/")
         if not _TORCH.search(file):
-            frames.append(Frame(file, match["name"], source.strip()))
+            frames.append(Frame(file, match["name"], source))
     return tuple(frames), code
