@@ -117,8 +117,10 @@ def test_ema_is_preferred(run: Path, image: Path) -> None:
     with_ema, moved, raw = (
         frames_of(sample_run(run, image, checkpoint=name, out=run / f"{name}.mp4")) for name in ("2", "1", "3")
     )
-    assert np.abs(with_ema - moved).mean() < 0.5
-    assert np.abs(with_ema - raw).mean() > 3
+    other = np.abs(with_ema - raw).mean()
+    assert other > 3
+    # The same weights but for rounding, which the random network and the video codec enlarge.
+    assert np.abs(with_ema - moved).mean() < other / 3
 
 
 def test_settings_are_those_of_training(
