@@ -10,13 +10,16 @@ from dataclasses import replace
 from svdtune.config.schema import Adapt
 from svdtune.guards.family import Family, Shapes, recognise
 from svdtune.guards.findings import Finding
+from svdtune.model.facts import HARMLESS
 from svdtune.model.widen import Widening, plan_widening
 
-HARMLESS = {"vision_model.embeddings.position_ids"}
-"""Saved by old transformers, computed by new ones."""
 _RANDOM = (
-    "They would train from random values: plain diffusers fills them in and only logs it (ignore_mismatched_sizes=True does the same "
-    "with misshapen ones). svdtune refuses; no setting leaves a weight random."
+    "They would train from random values: plain diffusers fills them in and only logs it. svdtune refuses; no setting leaves a "
+    "weight random."
+)
+_REFUSED = (
+    "diffusers refuses them, and advises ignore_mismatched_sizes=True, which would leave these layers random. No setting of svdtune "
+    "leaves a weight random."
 )
 _TEMPORAL = re.compile(
     r"temporal_transformer_blocks\.|temporal_res_block\.|time_pos_embed\.|time_mixer\.|time_conv_out\."
@@ -104,7 +107,8 @@ def _widened(where: str, widening: Widening, family: Family, *, adapts: bool, ad
             " ".join(widening.said) + ("" if trains else f" adapt.method={adapt.method} does not train what starts at zero."),
             "" if trains else "Set adapt.method=full.", patch,
         )  # fmt: skip
-    why = "They lack layers that SVD's UNet has. " + _RANDOM
+    lacks = "the conditioning channels of conv_in" if not widening.zero else "layers that SVD's UNet has"
+    why = f"They lack {lacks}. {_RANDOM}"
     fix = "Take SVD's own UNet. Or train on these: model.on_mismatch=adapt starts what is missing so that it changes nothing."
     return Finding(
         "CKP207", "error", where, f"{family.name} weights", "SVD's UNet", why, fix, ("model.on_mismatch=adapt", *patch)
@@ -185,7 +189,7 @@ def _misshapen(where: str, shapes: Mapping[str, tuple[tuple[int, ...], tuple[int
             others = f" and {len(some) - 1} more" if len(some) > 1 else ""
             told = f"{name} {list(got)}{others}"
             findings.append(
-                Finding("CKP211", "error", where, told, str(list(expected)), f"{why} {_RANDOM}", _ONE_RELEASE)
+                Finding("CKP211", "error", where, told, str(list(expected)), f"{why} {_REFUSED}", _ONE_RELEASE)
             )
     return findings
 

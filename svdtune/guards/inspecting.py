@@ -17,8 +17,9 @@ from svdtune.guards.family import Family, Shapes, recognise
 from svdtune.guards.findings import Finding
 from svdtune.guards.headers import BadFile, Entry, read_header
 from svdtune.guards.model_json import check_part_json, read_jsons
-from svdtune.guards.weights import Weights, check_folder, check_part, expected_shapes, find_weights, read_part
+from svdtune.guards.weights import check_folder, check_part, expected_shapes, read_part
 from svdtune.model.facts import CLASSES, FILES, PACKAGE, STEMS, TINY, class_name
+from svdtune.model.files import WeightFiles, find_weights
 
 SHIPPED = {"svd": PACKAGE / "facts" / "svd", "svd-xt": PACKAGE / "facts" / "svd-xt", "tiny": TINY}
 _LEDGER = PACKAGE / "facts" / "original" / "svd_xt.json.gz"
@@ -146,7 +147,7 @@ def _files(paths: list[Path]) -> _Contents:
 
 
 def _pipeline(path: Path, *, check: bool) -> _Contents:
-    weights = {part: _of_any_variant(path / part, stem) for part, stem in STEMS.items() if (path / part).is_dir()}
+    weights = {part: _of_any_variant(path / part, part) for part in STEMS if (path / part).is_dir()}
     found = _read(weights)
     jsons, _ = read_jsons(path)
     found.jsons |= jsons
@@ -157,7 +158,7 @@ def _pipeline(path: Path, *, check: bool) -> _Contents:
 
 
 def _lone_part(path: Path, part: str, *, check: bool) -> _Contents:
-    weights = _of_any_variant(path, STEMS[part])
+    weights = _of_any_variant(path, part)
     found = _read({part: weights})
     try:
         found.jsons[part] = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -184,12 +185,12 @@ def _part_of_folder(path: Path) -> str | None:
     return by_class or next((part for part, stem in STEMS.items() if any(path.glob(f"{stem}*.safetensors"))), None)
 
 
-def _of_any_variant(folder: Path, stem: str) -> Weights:
-    plain = find_weights(folder, stem, None)
-    return plain if plain.files or not plain.variants else find_weights(folder, stem, plain.variants[0])
+def _of_any_variant(folder: Path, part: str) -> WeightFiles:
+    plain = find_weights(folder, part, None)
+    return plain if plain.files or not plain.variants else find_weights(folder, part, plain.variants[0])
 
 
-def _read(weights: Mapping[str, Weights]) -> _Contents:
+def _read(weights: Mapping[str, WeightFiles]) -> _Contents:
     found = _Contents()
     for part, item in weights.items():
         if not item.files:

@@ -125,7 +125,9 @@ def _needed(path: Path, name: str, config: Mapping[str, Any]) -> list[Finding]:
     if not missing:
         return []
     why = {
-        "vae": "diffusers would take its class defaults (block_out_channels (64,): one level instead of four).",
+        "vae": "diffusers would take its class defaults (block_out_channels (64,): one level instead of four)."
+        if missing != ["scaling_factor"]
+        else "diffusers would take its class default, which need not be this VAE's.",
         "image_encoder": _CLIP_DEFAULT,
     }.get(name, "A class default need not be this model's number.")
     code = "CKP215" if name == "image_encoder" else "CKP216"
@@ -153,6 +155,10 @@ def _unet_heads(path: Path, config: Mapping[str, Any]) -> list[Finding]:
         got, expected = f"{heads} for widths {widths}", "whole numbers from 1 up"
         return [Finding("CKP213", "error", f"{path}: num_attention_heads", got, expected, fix=_FROM_RELEASE)]
     released = shipped("unet")
+    if len(heads) == len(widths) and any(width % count for width, count in zip(widths, heads, strict=True)):
+        got, expected = f"{heads} for widths {widths}", "numbers of heads that divide the widths"
+        why = "The attention would be made narrower than its level, and its weights would have other shapes than the file's."
+        return [Finding("CKP213", "error", f"{path}: num_attention_heads", got, expected, why, _FROM_RELEASE)]
     if widths == released["block_out_channels"]:
         expected, right = str(released["num_attention_heads"]), list(heads) == released["num_attention_heads"]
     else:

@@ -17,7 +17,13 @@ from svdtune.model.facts import (
     require_useful_bridge,
 )
 
-_CODES = {"time_ids": "SHP402", "clip_width": "SHP403", "in_channels": "SHP404", "out_channels": "SHP404"}
+_CODES = {
+    "time_ids": "SHP402",
+    "clip_width": "SHP403",
+    "in_channels": "SHP404",
+    "out_channels": "SHP404",
+    "picture_channels": "SHP412",
+}
 
 
 def local_configs(config: Config) -> ModelConfigs | None:
@@ -54,8 +60,10 @@ def _useless_bridge(configs: ModelConfigs) -> list[Finding]:
     try:
         require_useful_bridge(configs)
     except ConfigError as error:
-        got = str(error).removeprefix("conditioning.bridge: ")
-        return [Finding("CFG115", "error", "conditioning.bridge", got, fix="Leave it out.", patch=error.patch)]
+        told, _, why = str(error).removeprefix("conditioning.bridge: got ").partition(": ")
+        got, _, expected = told.partition(", expected ")
+        return [Finding("CFG115", "error", "conditioning.bridge", got, expected, f"{why[:1].upper()}{why[1:]}",
+                        "Leave it out.", error.patch)]  # fmt: skip
     return []
 
 

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from svdtune.config.schema import Config, Model
+from svdtune.config.schema import Config
 from svdtune.guards.differences import told_by_cause
 from svdtune.guards.family import recognise
 from svdtune.guards.findings import Finding
 from svdtune.guards.headers import BadFile, Entry, read_header, read_index
 from svdtune.guards.model_json import check_json, read_jsons
 from svdtune.model.facts import FILES, SHIPPED, STEMS, TINY
+from svdtune.model.files import PICKLES, WeightFiles, cached_folder, find_weights
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_VARIANTS = ("fp16", "bf16", "fp32", "ema", "non_ema")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _CONVERT = "svdtune reads diffusers folders (unet/, vae/, image_encoder/, scheduler/, feature_extractor/)."
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weight files of one part: `files` that its loader reads, by what lies there."""
-
-    files: tuple[Path, ...]
-    plain: bool
-    """Files without a variant in their name are there."""
-    variants: tuple[str, ...]
-    others: tuple[str, ...]
-    """Names of files that svdtune does not read."""
-    index: Path | None = None
 
 
 def check_weights(config: Config) -> list[Finding]:
     """CKP201-219 for `model.pretrained`; reads no tensor. A hub id that is not on this machine is a warning."""
     model = config.model
-    path = TINY if model.pretrained == "tiny" else _expanded(model.pretrained)
+    path = TINY if model.pretrained == "tiny" else Path(model.pretrained)
     if path.is_dir():
         return check_folder(path, config)
     if path.exists():
@@ -46,8 +34,13 @@ def check_weights(config: Config) -> list[Finding]:
         got, why = f"no such folder: {path}", "There is nothing to train on."
         return [Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'", why,
                         "Correct the path, or give a hub id.")]  # fmt: skip
+    if model.revision in _VARIANTS:
+        got = f"{model.revision}: that is a variant of the files, not a state of the repository"
+        patch = ("model.revision=null", f"model.variant={model.revision}")
+        return [Finding("CKP222", "error", "model.revision", got, "a commit, branch or tag, or null", "The hub would find no such "
+                        "revision, and nothing would be loaded.", f"Set {' '.join(patch)}.", patch)]  # fmt: skip
     try:
-        snapshot = cached_snapshot(model)
+        snapshot = cached_folder(model)
     except ValueError as error:  # huggingface_hub refuses the name itself
         got = str(error).strip().splitlines()[0]
         return [
@@ -58,14 +51,14 @@ def check_weights(config: Config) -> list[Finding]:
     why = "Training begins with their download (gigabytes), and they are not checked here."
     if model.pretrained not in SHIPPED:
         why += " Nor are shapes and memory: only the model's own config.json says them. Download it first to have them checked."
-    return [Finding("CKP203", "warning", "model.pretrained", "the weights are not on this machine yet", why=why)]
-
-
-def _expanded(name: str) -> Path:
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # no such user
-        return Path(name)
+    near = (
+        get_close_matches(model.pretrained, [*SHIPPED, "tiny"], n=1, cutoff=0.8)
+        if model.pretrained not in SHIPPED
+        else []
+    )
+    fix = f"Did you mean {near[0]}?" if near else ""
+    got = f"the weights of {model.pretrained} are not on this machine yet"
+    return [Finding("CKP203", "warning", "model.pretrained", got, why=why, fix=fix)]
 
 
 def check_folder(folder: Path, config: Config) -> list[Finding]:
@@ -75,14 +68,17 @@ def check_folder(folder: Path, config: Config) -> list[Finding]:
     parts, findings = read_jsons(folder)
     findings += check_json(folder, parts)
     found = {
-        part: find_weights(folder / part, STEMS[part], config.model.variant)
-        for part in STEMS
-        if (folder / part).is_dir()
+        part: find_weights(folder / part, part, config.model.variant) for part in STEMS if (folder / part).is_dir()
     }
     findings += _absent(folder, found, config.model.variant)
+    # Heads that do not divide change shapes: each key would be told again.
+    undone = {"unet"} if any(f.code == "CKP213" and "divide" in f.expected for f in findings) else set()
     for part, weights in found.items():
-        if weights.files:
-            findings += check_part(folder / part, part, weights, parts.get(part), config)
+        if weights.files and part not in undone:
+            # A config that lacks numbers has been told; that no network can be built from it says no more.
+            lacking = any(f.code in ("CKP215", "CKP216") and str(folder / part) in f.where for f in findings)
+            found_here = check_part(folder / part, part, weights, parts.get(part), config)
+            findings += [f for f in found_here if not (lacking and f.code == "CKP201")]
     return findings
 
 
@@ -104,23 +100,7 @@ def single_file(path: Path) -> Finding:
     return Finding("CKP204", "error", str(path), got, "a diffusers folder", why, fix)
 
 
-def find_weights(folder: Path, stem: str, variant: str | None) -> Weights:
-    """The safetensors that `variant` (None: plain names) selects in one part's folder, shards by their index."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    safe = [name for name in names if name.endswith(".safetensors") and name.startswith(stem)]
-    middle = [name.removeprefix(stem).removesuffix(".safetensors").partition("-0")[0].strip(".") for name in safe]
-    wanted = variant or ""
-    chosen = [name for name, part in zip(safe, middle, strict=True) if part == wanted]
-    index = next((n for n in names if n in (f"{stem}.safetensors.index{'.' if variant else ''}{wanted}.json",)), None)
-    if index is None and f"{stem}{'.' if variant else ''}{wanted}.safetensors" in chosen:
-        chosen = [f"{stem}{'.' if variant else ''}{wanted}.safetensors"]
-    others = [name for name in names if name.endswith(_PICKLES) or (name.endswith(".safetensors") and name not in safe)]
-    variants = sorted({part for part in middle if part})
-    files = tuple(folder / name for name in chosen)
-    return Weights(files, "" in middle, tuple(variants), tuple(others), folder / index if index else None)
-
-
-def read_part(weights: Weights) -> tuple[dict[str, Entry], list[Finding]]:
+def read_part(weights: WeightFiles) -> tuple[dict[str, Entry], list[Finding]]:
     """All tensors of a part, and CKP205/209 for files that cannot be read or are missing."""
     tensors: dict[str, Entry] = {}
     findings = []
@@ -164,20 +144,8 @@ def expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def cached_snapshot(model: Model) -> Path | None:
-    """The folder of a hub id in the hub's cache, when the weights of all parts are there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    end = f".{model.variant}.safetensors" if model.variant else ".safetensors"
-    names = [f"{part}/{stem}{end}" for part, stem in STEMS.items()]
-    hits = [try_to_load_from_cache(model.pretrained, name, revision=model.revision) for name in names]
-    return (
-        Path(hits[0]).parent.parent if isinstance(hits[0], str) and all(isinstance(hit, str) for hit in hits) else None
-    )
-
-
 def check_part(
-    folder: Path, part: str, weights: Weights, config: Mapping[str, Any] | None, run: Config
+    folder: Path, part: str, weights: WeightFiles, config: Mapping[str, Any] | None, run: Config
 ) -> list[Finding]:
     """Findings about the weights of one part, against the network that its config makes."""
     tensors, findings = read_part(weights)
@@ -222,7 +190,7 @@ def check_part(
     )
 
 
-def _absent(folder: Path, found: Mapping[str, Weights], variant: str | None) -> list[Finding]:
+def _absent(folder: Path, found: Mapping[str, WeightFiles], variant: str | None) -> list[Finding]:
     """CKP206: parts without the weights that model.variant names, in one finding when one change mends all of them."""
     lacking = {part: weights for part, weights in found.items() if not weights.files}
     if not lacking:
@@ -239,7 +207,7 @@ def _absent(folder: Path, found: Mapping[str, Weights], variant: str | None) -> 
     return [_without_weights(folder / part, weights, expected) for part, weights in lacking.items()]
 
 
-def _variant_of(found: Mapping[str, Weights]) -> str | None:
+def _variant_of(found: Mapping[str, WeightFiles]) -> str | None:
     """A value of model.variant for which every part has weights."""
     if all(weights.plain for weights in found.values()):
         return "null"
@@ -247,13 +215,13 @@ def _variant_of(found: Mapping[str, Weights]) -> str | None:
     return min(common, default=None)
 
 
-def _without_weights(folder: Path, weights: Weights, expected: str) -> Finding:
+def _without_weights(folder: Path, weights: WeightFiles, expected: str) -> Finding:
     there = [
         *(f"{variant} weights" for variant in weights.variants),
         *(["plain weights"] if weights.plain else []),
         *weights.others,
     ]
-    pickles = any(name.endswith(_PICKLES) for name in weights.others)
+    pickles = any(name.endswith(PICKLES) for name in weights.others)
     if weights.variants or weights.plain:
         why, fix = (
             "The parts of this folder hold different variants; one setting reads all.",
@@ -269,7 +237,7 @@ def _without_weights(folder: Path, weights: Weights, expected: str) -> Finding:
 
 def _no_parts(folder: Path) -> Finding:
     """CKP201 for a folder without subfolders of a pipeline, naming what it holds."""
-    files = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", *_PICKLES)))
+    files = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", *PICKLES)))
     got = f"no {'/, '.join(FILES)}/ in it"
     if (folder / "config.json").is_file():
         got += "; it is the folder of one part (it holds a config.json)"
@@ -287,5 +255,7 @@ def _no_parts(folder: Path) -> Finding:
         got,
         "a diffusers folder",
         _CONVERT,
-        "Give the folder above the parts.",
+        "Give the folder above the parts."
+        if (folder / "config.json").is_file()
+        else "Give the folder that holds them.",
     )

@@ -36,6 +36,8 @@ CLASSES = {
     "image_encoder": "CLIPVisionModelWithProjection",
     "scheduler": "EulerDiscreteScheduler",
 }
+HARMLESS = {"vision_model.embeddings.position_ids"}
+"""Saved by old transformers, computed by new ones: carries no information."""
 IMAGE_UNET = "UNet2DConditionModel"
 
 
@@ -55,10 +57,7 @@ def local_folder(pretrained: str) -> Path | None:
     """The folder `model.pretrained` names on this machine, or None when it is a hub id."""
     if pretrained == "tiny":
         return TINY
-    try:
-        path = Path(pretrained).expanduser()
-    except RuntimeError:
-        raise ModelError(f"model.pretrained: {pretrained}: there is no such user, so no such folder.") from None
+    path = Path(pretrained)
     if path.is_dir():
         return path
     if path.exists():
@@ -96,7 +95,7 @@ def read_configs(folder: Path) -> ModelConfigs:
 class Contradiction:
     """Two parts of a model that cannot work together."""
 
-    kind: Literal["time_ids", "clip_width", "in_channels", "out_channels"]
+    kind: Literal["time_ids", "clip_width", "in_channels", "out_channels", "picture_channels"]
     where: str
     """File and key of the number that is out of line."""
     got: str
@@ -119,6 +118,10 @@ def contradictions(configs: ModelConfigs, *, bridge: bool = False) -> list[Contr
     columns = specs(UNetInput)["added_time_ids"].columns
     d_clip, d_unet = clip.integer("projection_dim"), unet.integer("cross_attention_dim")
     takes, gives = unet.integer("in_channels"), unet.integer("out_channels")
+    pixels, colours = (
+        _Part(configs, "vae").integer("in_channels"),
+        _Part(configs, "feature_extractor").length("image_mean"),
+    )
     checks = [
         (embedded == len(columns) * width, Contradiction(
             "time_ids", unet.at("projection_class_embeddings_input_dim"), str(embedded), str(len(columns) * width),
@@ -133,6 +136,9 @@ def contradictions(configs: ModelConfigs, *, bridge: bool = False) -> list[Contr
         (gives == z, Contradiction(
             "out_channels", unet.at("out_channels"), str(gives), str(z),
             f"the UNet gives {gives} channels, the VAE's latents have {z}")),
+        (pixels == colours, Contradiction(
+            "picture_channels", _Part(configs, "vae").at("in_channels"), str(pixels), str(colours),
+            f"the VAE takes pictures of {pixels} channels, frames and the CLIP tower's pictures have {colours}")),
     ]  # fmt: skip
     return [wrong for right, wrong in checks if not right]
 
@@ -213,7 +219,7 @@ class _Part:
         part = getattr(self.configs, self.name)
         if key not in part:
             raise ModelError(
-                f"{self.at(key)} is missing, and the default of {CLASSES[self.name]} need not be this model's. "
+                f"{self.at(key)} is missing, and its class's default need not be this model's. "
                 "Copy the file from the model's release."
             )
         return part[key]

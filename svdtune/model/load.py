@@ -21,19 +21,18 @@ from svdtune.errors import ModelError
 from svdtune.model.bridge import add_bridge
 from svdtune.model.facts import (
     FILES,
+    HARMLESS,
     SHIPPED,
-    STEMS,
     ModelConfigs,
     local_folder,
     model_facts,
     read_configs,
     require_useful_bridge,
 )
+from svdtune.model.files import WeightFiles, find_weights
 from svdtune.model.widen import Widening, apply_widening, plan_widening
 
 PARTS = ("unet", "vae", "image_encoder")
-# Saved by old transformers, computed by new ones; carries no information.
-HARMLESS = {"vision_model.embeddings.position_ids"}
 
 
 @dataclass(frozen=True)
@@ -96,25 +95,6 @@ def fake_model(configs: ModelConfigs, *, bridge: bool = False) -> ModelParts:
 def model_folder(model: Model) -> Path:
     """The folder of the model on this machine; a hub id is downloaded (or found in the cache) first."""
     return local_folder(model.pretrained) or _download(model)
-
-
-def is_local(model: Model) -> bool:
-    """Whether the model is a folder here, or whole in the hub's cache."""
-    if local_folder(model.pretrained) is not None:
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    suffix = _suffix(model.variant)
-    names = [f"{part}/{STEMS[part]}{suffix}" for part in PARTS]
-    return all(isinstance(try_to_load_from_cache(model.pretrained, n, revision=model.revision), str) for n in names)
-
-
-def require_weights(model: Model) -> None:
-    """Raise ModelError when a local folder lacks the weight files that `model.variant` names. A hub id is not asked."""
-    folder = local_folder(model.pretrained)
-    if folder is not None:
-        for part in PARTS:
-            _weight_files(folder, part, model.variant)
 
 
 def weights_hash(folder: Path, part: str, variant: str | None) -> str:
@@ -220,28 +200,32 @@ def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
 
 def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     """The safetensors of a part, shards included. Raises ModelError naming what lies there instead."""
-    suffix = _suffix(variant)
-    there = sorted((folder / part).glob(f"{STEMS[part]}*.safetensors"))
-    files = [f for f in there if f.name.endswith(suffix) and (variant or f.name.count(".") == 1)]
-    if not files:
-        others = sorted(
-            f.name for f in (folder / part).glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".ckpt")
-        )
+    found = find_weights(folder / part, part, variant)
+    if not found.files:
         raise ModelError(
-            f"{folder / part}: no *{suffix} with model.variant={variant or 'null'}; there: {', '.join(others) or 'no weights'}. "
-            f"{_variant_hint(there, variant)}"
+            f"{folder / part}: no *{_suffix(variant)} with model.variant={variant or 'null'}; there: {_there(found)}. "
+            f"{_variant_hint(found)}"
         )
-    return files
+    return list(found.files)
 
 
 def _suffix(variant: str | None) -> str:
     return f".{variant}.safetensors" if variant else ".safetensors"
 
 
-def _variant_hint(there: list[Path], variant: str | None) -> str:
-    if any(f.name.endswith(".fp16.safetensors") for f in there) and variant is None:
-        return "Set model.variant=fp16."
-    if there and variant:
+def _there(found: WeightFiles) -> str:
+    kinds = [
+        *(["plain weights"] if found.plain else []),
+        *(f"{variant} weights" for variant in found.variants),
+        *found.others,
+    ]
+    return ", ".join(kinds) or "no weights"
+
+
+def _variant_hint(found: WeightFiles) -> str:
+    if found.variants:
+        return f"Set model.variant={found.variants[0]}."
+    if found.plain:
         return "Set model.variant=null."
     return "svdtune reads safetensors only; a .bin or .pt file can run code when opened."
 

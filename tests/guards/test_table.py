@@ -51,6 +51,7 @@ def test_a_release_agrees_with_itself(tiny):
         ("image_encoder", {"projection_dim": 768}, "SHP403", "projection_dim", "768", "1024"),
         ("unet", {"in_channels": 9}, "SHP404", "in_channels", "9", "8"),
         ("unet", {"out_channels": 8}, "SHP404", "out_channels", "8", "4"),
+        ("vae", {"in_channels": 4}, "SHP412", "in_channels", "4", "3"),
     ],
 )
 def test_each_number_that_does_not_fit(edited, part, changes, code, where, got, expected):

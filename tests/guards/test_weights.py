@@ -12,7 +12,7 @@ from svdtune.config.load import load_config
 from svdtune.guards.catalog import RULES
 from svdtune.guards.model_json import check_json, read_jsons
 from svdtune.guards.weights import check_weights
-from svdtune.model.facts import SHIPPED
+from svdtune.model.facts import SHIPPED, STEMS
 
 TINY_YAML = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -81,9 +81,15 @@ def test_paths_that_are_no_model(tmp_path):
     assert "it is the folder of one part (it holds a config.json)" in found.got
 
 
-@pytest.mark.parametrize("name", ["~nobodyhere/x", "foo bar/baz"])
+@pytest.mark.parametrize("name", ["foo bar/baz", "a/b:c"])
 def test_names_that_can_be_no_model(name):
     assert only(name).code == "CKP201"
+
+
+def test_a_variant_given_as_a_revision():
+    found = only("stabilityai/stable-video-diffusion-img2vid-xt", "model.revision=fp16")
+    assert (found.code, found.severity, found.where) == ("CKP222", "error", "model.revision")
+    assert found.patch == ("model.revision=null", "model.variant=fp16")
 
 
 def test_a_mistyped_folder_is_no_hub_id(monkeypatch, tmp_path):
@@ -109,12 +115,31 @@ def test_json_of_another_kind_is_a_finding_and_no_crash(folder, part, changes):
 
 
 def test_a_file_that_is_not_the_parts_is_not_read(folder):
-    from svdtune.config.schema import Model
-    from svdtune.model.load import require_weights
-
     shutil.copy(folder / "image_encoder" / "model.safetensors", folder / "unet" / "pytorch_lora_weights.safetensors")
     assert check(folder) == []
-    require_weights(Model(pretrained=str(folder), variant=None))
+
+
+@pytest.mark.parametrize(
+    "shard", ["{stem}.fp16-0000{n}-of-00002.safetensors", "{stem}-0000{n}-of-00002.fp16.safetensors"]
+)
+def test_shards_of_a_variant_are_found_by_preflight_and_training_alike(folder, shard):
+    """Two spellings of diffusers, the present and a former one."""
+    from svdtune.config.schema import Model
+    from svdtune.model.load import load_model
+
+    for part, stem in STEMS.items():
+        whole = folder / part / f"{stem}.safetensors"
+        tensors, index = load_file(whole), {}
+        names = sorted(tensors)
+        for n, some in enumerate((names[::2], names[1::2]), 1):
+            name = shard.format(stem=stem, n=n)
+            save_file({key: tensors[key] for key in some}, folder / part / name, {"format": "pt"})
+            index |= dict.fromkeys(some, name)
+        whole.unlink()
+        listed = {"metadata": {"total_size": 1}, "weight_map": index}
+        (folder / part / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps(listed))
+    assert check(folder, "model.variant=fp16") == []
+    assert load_model(Model(pretrained=str(folder), variant="fp16")).unet is not None
 
 
 def test_a_hub_id_that_is_not_here(monkeypatch, tmp_path):
@@ -388,6 +413,8 @@ def released(tmp_path, part, remove=(), **changes):
         ("unet", (), {"num_attention_heads": [5, 10, 10, 20]}, "CKP213", "Heads would be 64, 64, 128, 64 wide"),
         ("unet", (), {"num_attention_heads": 8}, "CKP213", "Heads would be 40, 80, 160, 160 wide"),
         ("unet", (), {"num_attention_heads": [5, 0, "x", 20]}, "CKP213", ""),
+        ("unet", (), {"num_attention_heads": [3, 10, 20, 20]}, "CKP213", "narrower than its level"),
+        ("vae", ("scaling_factor",), {}, "CKP216", "which need not be this VAE's"),
         ("image_encoder", (), {"num_attention_heads": 20}, "CKP213", "every first frame is wrong"),
         ("image_encoder", ("hidden_act",), {}, "CKP213", "every first frame is wrong"),
         ("image_encoder", ("projection_dim",), {}, "CKP215", "ViT-B/32"),
