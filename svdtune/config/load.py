@@ -259,7 +259,9 @@ def _unknown_section(name: str) -> str:
 def _unknown_option(key: str) -> str:
     section, _, option = key.partition(".")
     elsewhere = [known for known in option_types() if known.endswith(f".{option}")]
-    close = elsewhere or [f"{section}.{name}" for name in get_close_matches(option, _options(section), n=1)]
+    initials = "".join(word[0] for word in option.split("_") if word)  # learning_rate for lr
+    near = [initials] if initials in _options(section) else get_close_matches(option, _options(section), n=1)
+    close = elsewhere or [f"{section}.{name}" for name in near]
     if close:
         return f"unknown key {key}. Did you mean {' or '.join(close)}?"
     return f"unknown key {key}. Keys of {section}: {', '.join(_options(section))}."

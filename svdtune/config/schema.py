@@ -6,11 +6,14 @@ Messages start with `section.key` so that the loader can add the file and line.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
 from svdtune.errors import ConfigError
+
+_LONGEST_PATH = 4096
 
 
 @dataclass
@@ -20,13 +23,14 @@ class Run:
     name: str = "my-run"
     """Folder of the run under `run.dir`; the same name resumes the same run."""
     dir: str = "runs"
-    """Folder that holds all runs; relative to the current directory."""
+    """Folder that holds all runs; relative to the current directory. Here and in every other path `~` is the home folder."""
     seed: int = 0
     """Seed of everything random. Each draw depends on (seed, global sample number) only."""
     threads: int | None = None
     """CPU threads of torch in each process; null: the machine's cores divided by local processes. Part of exact resume."""
 
     def __post_init__(self) -> None:
+        self.dir = _home("run.dir", self.dir)
         _require(
             self.name.isprintable() and "/" not in self.name and self.name.strip() not in ("", ".", ".."),
             "run.name",
@@ -53,6 +57,7 @@ class Model:
     layers at identity. Any other difference stays an error."""
 
     def __post_init__(self) -> None:
+        self.pretrained = _home("model.pretrained", self.pretrained)
         _require(bool(self.pretrained), "model.pretrained", self.pretrained, "a hub id, a folder or 'tiny'")
 
 
@@ -86,6 +91,7 @@ class Data:
     """Loader processes per rank; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
+        self.root = _home("data.root", self.root)
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, ">= 2")
         for key in ("height", "width"):
             size = getattr(self, key)
@@ -257,6 +263,7 @@ class Validation:
     """Noise on the conditioning frame when sampling."""
 
     def __post_init__(self) -> None:
+        self.images = [_home("validation.images", image) for image in self.images]
         _require(self.interval >= 1, "validation.interval", self.interval, ">= 1")
         _require(self.samples >= 0, "validation.samples", self.samples, ">= 0")
         _require(self.clips >= 0, "validation.clips", self.clips, ">= 0")
@@ -330,6 +337,16 @@ class Config:
                 value = getattr(self.adapt, key)
                 expected = f"{off} with adapt.method {self.adapt.method}: it acts only with method lora"
                 _require(value == off, f"adapt.{key}", value, expected.replace("None", "null"))
+
+
+def _home(key: str, path: str) -> str:
+    """`~` as a shell reads it, which leaves it alone behind `section.key=`."""
+    expanded = os.path.expanduser(path)
+    _require(not expanded.startswith("~") or expanded.startswith("~/"), key, path, "a folder of a user that exists")
+    _require(
+        len(expanded) < _LONGEST_PATH and "\0" not in expanded, key, f"{path[:40]}...", "a path that a file can have"
+    )
+    return expanded
 
 
 def _require_finite(name: str, section: Any) -> None:

@@ -52,7 +52,7 @@ def find_videos(root: Path | str) -> list[Path]:
 
     Raises DataError when the folder does not exist or holds none.
     """
-    root = _expanded(root)
+    root = Path(root)
     _require_folder(root)
     found, others = [], Counter()
     for folder, folders, files in os.walk(root):
@@ -65,7 +65,7 @@ def find_videos(root: Path | str) -> list[Path]:
     if not found:
         held = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no files"
         raise DataError(
-            f"data.root: no videos in {root} (it holds {held}; folders inside were searched). "
+            f"data.root: no videos in {root} (it and the folders inside hold {held}; links to folders are not followed). "
             f"Wanted: {' '.join(SUFFIXES)}"
         )
     return sorted(found)
@@ -75,7 +75,7 @@ def linked_folders(root: Path | str) -> list[Path]:
     """Folders below `root` that are links, and so left out by `find_videos` with all they hold."""
     return [
         Path(folder, name)
-        for folder, folders, _ in os.walk(_expanded(root))
+        for folder, folders, _ in os.walk(Path(root))
         for name in sorted(folders)
         if not name.startswith(".") and Path(folder, name).is_symlink()
     ]
@@ -86,7 +86,7 @@ def scan(data: Data) -> Catalog:
 
     Raises DataError for the first unusable file when `data.on_bad_clip` is `error`, and when none can be used.
     """
-    root = _expanded(data.root)
+    root = Path(data.root)
     usable, rejected = [], []
     for path, index in zip(paths := find_videos(root), index_files(root, paths), strict=True):
         try:
@@ -108,7 +108,7 @@ def index_files(
 
     `paths` are all files under `root`, `chosen` those wanted now (None: all). What failed is tried again each time.
     """
-    root, chosen = _expanded(root), paths if chosen is None else chosen
+    root, chosen = Path(root), paths if chosen is None else chosen
     found: dict[Path, VideoIndex | DataError] = dict(load_indexes(root, chosen))
     missing = [path for path in chosen if path not in found]
     before = {path: identity(path) for path in missing}
@@ -124,7 +124,7 @@ def index_files(
 
 def clip_name(index: VideoIndex, data: Data) -> str:
     """The file's path relative to data.root, with forward slashes: its name in logs and in the held-out split."""
-    return index.path.relative_to(_expanded(data.root)).as_posix()
+    return index.path.relative_to(Path(data.root)).as_posix()
 
 
 def split(names: Sequence[str], holdout: float) -> tuple[list[int], list[int]]:
@@ -141,11 +141,6 @@ def split(names: Sequence[str], holdout: float) -> tuple[list[int], list[int]]:
         count = max(count, 1)
     count = min(count, len(names) - 1)
     return sorted(order[count:]), sorted(order[:count])
-
-
-def _expanded(root: Path | str) -> Path:
-    """`~` is the home folder here as in a shell, which leaves it alone behind `data.root=`."""
-    return Path(os.path.expanduser(root))
 
 
 def _summary(rejected: Sequence[Rejected]) -> str:

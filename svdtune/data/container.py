@@ -45,9 +45,14 @@ def open_container(path: Path) -> InputContainer:
     import av
 
     try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
         return av.open(f"file:{path}", options=_OPTIONS, timeout=(_SECONDS, _SECONDS))
     except av.FFmpegError as error:
-        raise DataError(f"{path}: {_not_a_video(path, error)}") from error
+        raise DataError(f"{path}: {_not_a_video(head, error)}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -72,9 +77,7 @@ def damage(error: Exception) -> str:
     return f"cannot be decoded ({text}): cut or damaged; copy it again, or repair it with ffmpeg"
 
 
-def _not_a_video(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(512)
+def _not_a_video(head: bytes, error: Exception) -> str:
     if not head:
         return "is empty (0 bytes); copy it again"
     if head.startswith(b"version https://git-lfs"):

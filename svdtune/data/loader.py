@@ -169,16 +169,22 @@ def _video_batch(answer: dict[str, Any]) -> VideoBatch:
     return VideoBatch(**{**answer, "names": tuple(answer["names"]), "rejected": tuple(answer["rejected"])})
 
 
+def shared_memory(data: Data, batch_size: int) -> tuple[int, int] | None:
+    """Bytes of clips that one worker keeps waiting in shared memory, and bytes that are free there; None where there is none."""
+    if not _SHARED_MEMORY.is_dir():
+        return None
+    waiting = batch_size * data.num_frames * 3 * data.height * data.width * 4 * _PREFETCH
+    return waiting, shutil.disk_usage(_SHARED_MEMORY).free
+
+
 def _require_shared_memory(data: Data, batch_size: int) -> None:
     """Workers hand tensors over in /dev/shm; when it is full the kernel kills them (64 MB is Docker's default)."""
-    if not _SHARED_MEMORY.is_dir():
-        return
-    needed = batch_size * data.num_frames * 3 * data.height * data.width * 4 * data.workers * _PREFETCH
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free < needed:
+    room = shared_memory(data, batch_size)
+    if room is not None and room[1] < room[0] * data.workers:
+        needed, free = room[0] * data.workers, room[1]
         raise DataError(
-            f"data.workers={data.workers}: up to {needed / 2**20:.0f} MB of clips wait in {_SHARED_MEMORY}, which has "
-            f"{free / 2**20:.0f} MB free. Lower data.workers (0 needs none), or give the container more: --shm-size"
+            f"data.workers={data.workers}: up to {needed / 2**20:,.0f} MB of clips wait in {_SHARED_MEMORY}, which has "
+            f"{free / 2**20:,.0f} MB free. Lower data.workers (0 needs none), or give the container more: --shm-size"
         )
 
 

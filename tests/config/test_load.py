@@ -11,6 +11,8 @@ from svdtune.config.load import load_config, option_types, resolved_yaml
 from svdtune.config.schema import Config, Train
 from svdtune.errors import ConfigError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 VALID = """\
 run:
   name: one
@@ -301,3 +303,19 @@ def test_an_override_replaces_an_interpolation(tmp_path: Path, monkeypatch: pyte
 def test_resolved_yaml_of_a_config_made_in_python(tmp_path: Path) -> None:
     config = replace(Config(), train=Train(lr=3e-7, betas=(0.5, 0.75)))
     assert load_config(write(tmp_path, resolved_yaml(config))) == config
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.root", "model.pretrained", "validation.images"])
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, name = key.split(".")
+    value = "[~/x]" if key == "validation.images" else "~/x"
+    loaded = getattr(getattr(load_config(CONFIGS / "tiny.yaml", [f"{key}={value}"]), section), name)
+    assert loaded == ([str(tmp_path / "x")] if key == "validation.images" else str(tmp_path / "x"))
+    with pytest.raises(ConfigError, match=f"{key}: got .* expected a folder of a user that exists"):
+        load_config(CONFIGS / "tiny.yaml", [f"{key}={value.replace('~', '~nobodyhere')}"])
+
+
+def test_a_path_that_no_file_can_have():
+    with pytest.raises(ConfigError, match=r"data.root: got .* expected a path that a file can have"):
+        load_config(CONFIGS / "tiny.yaml", [f"data.root={'a' * 5000}"])
