@@ -136,11 +136,12 @@ def _one_axis(got: tuple[int, ...], expected: tuple[int, ...], i: int, spec: Ten
         return "It has one row per frame; one row per clip is wanted: [::t] would match if each was repeated."
     if came == 2 * wanted:
         return f"Axis {i} is twice as long, as for guidance or after a repeat: .chunk(2, dim={i})[0] would match."
-    if came and wanted % came == 0:
-        return f"Axis {i} is too short: .repeat_interleave({wanted // came}, dim={i}) would match."
+    if spec.axes.split()[i].startswith("2*") and 2 * came == wanted:
+        return f"Half of axis {i} is missing: the other half is joined by torch.cat([...], dim={i})."
     if came > wanted:
         return f"Axis {i} is too long: .narrow({i}, 0, {wanted}) would match."
-    return ""
+    # Repeating what is too short would match as well, and train on copies.
+    return f"Axis {i} is too short."
 
 
 def _evaluate(expression: str, axes: Axes) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from svdtune.config.schema import Conditioning, Objective
-from svdtune.contracts import Axes, Draws, specs
+from svdtune.config.schema import Conditioning, Config, Objective
+from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
 from svdtune.diffusion.edm import log_normal
 
 TENSORS = ("noise", "posterior_noise", "pixel_noise")
@@ -25,6 +25,17 @@ def make_draws(
     """Draws of the clips with these global sample numbers, float32 on the CPU; `axes` gives t, h, w, c, z and f."""
     rows = [_draw_one(generator(seed, sample), axes, objective, conditioning) for sample in samples]
     return Draws(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+
+def draws_for(batch: VideoBatch, facts: ModelFacts, config: Config) -> Draws:
+    """What training draws for the clips of `batch`."""
+    return make_draws(
+        batch.sample.tolist(),
+        batch.axes(facts),
+        seed=config.run.seed,
+        objective=config.objective,
+        conditioning=config.conditioning,
+    )
 
 
 def fixed_draws(samples: Sequence[int], sigma: float, axes: Axes, *, seed: int, conditioning: Conditioning) -> Draws:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from svdtune.config.schema import Config
 from svdtune.contracts import Draws, Mismatch, ModelFacts, VideoBatch, check
 from svdtune.data.index import VideoIndex
-from svdtune.errors import SvdtuneError
+from svdtune.errors import DataError
 from svdtune.guards.findings import Finding
+from svdtune.guards.place import place_of
 
 _BYTES = 2**28
 """Two clips are read where they fit into this, one where they do not: a laptop must stay under a GiB."""
@@ -20,7 +21,7 @@ _EDGE = 1e-3
 def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) -> list[Finding]:
     """DAT311: the loader's batch is not what `train_step` takes. SHP407: what is drawn for it is not."""
     from svdtune.data.loader import make_loader
-    from svdtune.diffusion.draws import make_draws
+    from svdtune.diffusion.draws import draws_for
 
     data = config.data
     clip_bytes = 4 * facts.c * data.num_frames * data.height * data.width
@@ -38,13 +39,16 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
     )
     try:
         batch = next(loader)
-    except SvdtuneError as error:
-        return [Finding("DAT311", "error", "data.root", str(error))]
-    if wrong := [_record("DAT311", mismatch) for mismatch in check(batch, axes)]:
-        return wrong
-    draws = make_draws(
-        batch.sample.tolist(), axes, seed=config.run.seed, objective=config.objective, conditioning=config.conditioning
-    )
+        if wrong := [_record("DAT311", mismatch) for mismatch in check(batch, axes)]:
+            return wrong
+        draws = draws_for(batch, facts, config)
+    except DataError as error:
+        return [Finding("DAT302", "error", "data.root", str(error), "clips that can be decoded",
+                        "It is read by training's own loader, which would stop here.", "Mend or remove the file.")]  # fmt: skip
+    except Exception as error:  # whatever loader, transform or draws raise here they would raise in the first step
+        got = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        return [Finding("DAT311", "error", place_of(error), got, "a batch", "Training's own loader and draws were run on the first clips.",
+                        "Mend the line that is named.")]  # fmt: skip
     return [
         *_values(batch),
         *(_record("SHP407", mismatch) for mismatch in check(draws, axes)),
@@ -74,11 +78,11 @@ def _values(batch: VideoBatch) -> list[Finding]:
 
 
 def _same(draws: Draws) -> list[Finding]:
-    """Noise that two clips share, or that one clip has twice."""
+    """Noise that two clips share, or that one clip has twice; a strength may well be the same for all."""
     pairs = [
         (f"Draws.{name}", value[0], value[1])
         for name, value in vars(draws).items()
-        if "noise" in name and len(value) > 1
+        if "noise" in name and len(value) > 1 and value.dim() > 1
     ]
     pairs.append(("Draws.noise and Draws.posterior_noise", draws.noise, draws.posterior_noise))
     why = "Each clip has noise of its own, drawn from (seed, sample number): shared noise makes the gradients of a batch alike."

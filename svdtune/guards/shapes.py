@@ -5,21 +5,26 @@ It runs twice: at the user's sizes, and at sizes that are all different, where s
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.resnet import AlphaBlender, TemporalResnetBlock
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
-from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
+from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, require, specs
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
 from svdtune.guards.memory import ASKS_DEVICE, Estimate, LiveStorages, estimate
+from svdtune.guards.place import place_of
 from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
 from svdtune.guards.told import plain, told, told_arguments
@@ -27,6 +32,7 @@ from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
 from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
+from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.step import Parts, train_step
 
 Record = TypeVar("Record")
@@ -51,17 +57,19 @@ def rehearse(config: Config) -> Rehearsal:
         model = _fake(config)
         if missed := check_targets(config, _layers(model.unet)):
             return Rehearsal(missed)
-        building = stage(config, model)
-        built = building.__enter__()
+        with stage(config, model) as built:
+            return _run_both(config, built)
     except ConfigError as error:
         return Rehearsal([Finding("CFG117", "error", "adapt", str(error), patch=error.patch)])
     except ModelError as error:
         return Rehearsal([Finding("CKP201", "error", "model.pretrained", str(error))])
     except Exception as error:  # whatever building raises here it would raise when training begins
-        return Rehearsal([Finding("SHP401", "error", "model", f"the networks cannot be built: {plain(error)}")])
-    with ExitStack() as leave:
-        leave.push(building.__exit__)
-        return _run_both(config, built)
+        got = f"the networks cannot be built: {plain(error)}"
+        return Rehearsal([Finding("SHP401", "error", place_of(error) or "model", got)])
+    finally:
+        # Shapes of this step are remembered by torch, and gigabytes of nothing wait for the collector.
+        FakeTensorMode.cache_clear()
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -70,17 +78,24 @@ class Built:
 
     parts: Parts
     trained: dict[str, nn.Parameter]
+    copies: tuple[str, ...]
+    """Names handed over as trained whose parameter is not the network's own."""
+    expected: frozenset[str] | None
+    """What adapt.method names in this network; None for LoRA, whose layers the targets choose."""
 
 
 @contextmanager
 def stage(config: Config, model: ModelParts) -> Iterator[Built]:
     """Everything `trainer/build.py` makes that the step needs, from the meta `model` to fake tensors."""
     dtype = DTYPES[config.train.precision]
+    named = expected_trained(model.unet, config.adapt.method)
     trained = prepare_networks(model, config, recompute=True)
+    own = dict(model.unet.named_parameters())
+    copies = tuple(name for name, parameter in trained.items() if own.get(name) is not parameter)
     with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
         # The parameters were replaced by fake ones of the same names.
         trained = {name: parameter for name, parameter in model.unet.named_parameters() if name in trained}
-        yield Built(_parts(model, config, dtype), trained)
+        yield Built(_parts(model, config, dtype), trained, copies, named)
 
 
 def user_axes(config: Config, facts: ModelFacts) -> dict[str, int]:
@@ -118,8 +133,8 @@ def _layers(unet: nn.Module) -> list[str]:
 def _run_both(config: Config, built: Built) -> Rehearsal:
     findings = [
         *_precision(built.trained),
-        *_trained_set(built),
-        *_of_method(config, built),
+        *(_trained_set(built) or _of_method(config, built)),
+        *_learning(config, built),
         *check_resume(config, built.trained),
     ]
     facts = built.parts.facts
@@ -132,9 +147,17 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     needed = estimate(config, networks, built.trained.values(), storages.peak)
     # Recomputing the blocks again would show nothing new and take a quarter of the time.
     built.parts.unet.disable_gradient_checkpointing()
-    hidden = _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), distinct_axes(facts))
-    findings += [replace(finding, code="SHP405", why=f"{_HIDDEN} {finding.why}".strip()) for finding in hidden]
-    return Rehearsal(findings, needed)
+    return Rehearsal([*findings, *_hidden(built)], needed)
+
+
+def _hidden(built: Built) -> list[Finding]:
+    """SHP405: what fails only where all sizes differ. SHP401: what fails only with a short last chunk of frames."""
+    axes = distinct_axes(built.parts.facts)
+    failed = _attempt(replace(built, parts=replace(built.parts, vae_chunk=_ODD_CHUNK)), axes)
+    if failed and not _attempt(built, axes):
+        why = "The VAE takes frames in chunks (memory.vae_chunk), and where they do not divide the last chunk is a short one."
+        return [replace(finding, code="SHP401", why=f"{why} {finding.why}".strip()) for finding in failed]
+    return [replace(finding, code="SHP405", why=f"{_HIDDEN} {finding.why}".strip()) for finding in failed]
 
 
 _HIDDEN = "At the sizes of the configuration the step passes: two axes that are equally long there are mixed up."
@@ -157,6 +180,9 @@ def _attempt(built: Built, axes: Axes) -> list[Finding]:
 
 def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
     result = train_step(built.parts, fake_record(VideoBatch, axes), fake_record(Draws, axes))
+    # The step checks its own records; a check that was taken out must not take the proof along.
+    for record in (result.encoded, result.unet_input, result.prediction, result):
+        require(record, axes)
     if backward:
         result.loss.backward()
 
@@ -176,31 +202,76 @@ def _precision(trained: dict[str, nn.Parameter]) -> list[Finding]:
     ]  # fmt: skip
 
 
+def expected_trained(unet: nn.Module, method: str) -> frozenset[str] | None:
+    """What `adapt.method` names in this network, told by the classes of its layers; None for LoRA.
+
+    Cross-attention of one token has no use for queries and keys: they, and the norm before them, learn with no method.
+    """
+    if method == "lora":
+        return None
+    names = {name for name, _ in unet.named_parameters() if name != WEIGHT}
+    blocks = [name for name, module in unet.named_modules() if getattr(module, "attn2", None) is not None]
+    dead = tuple(f"{block}.{part}." for block in blocks for part in ("attn2.to_q", "attn2.to_k", "norm2"))
+    over_time = [(name, module) for name, module in unet.named_modules() if isinstance(module, _OVER_TIME)]
+    over_time += [(name, module) for name, module in unet.named_modules() if name.endswith("time_pos_embed")]
+    attention = [name for name, module in over_time if isinstance(module, TemporalBasicTransformerBlock)]
+    temporal = _below(names, [name for name, _ in over_time])
+    chosen = {
+        "full": names,
+        "temporal": temporal,
+        "temporal_attention": _below(names, attention),
+        "spatial": names - temporal,
+    }
+    return frozenset(name for name in chosen[method] if not name.startswith(dead))
+
+
+_OVER_TIME = (TemporalBasicTransformerBlock, TemporalResnetBlock, AlphaBlender)
+
+
+def _below(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name for name in names if name.startswith(prefixes)}
+
+
 def _of_method(config: Config, built: Built) -> list[Finding]:
-    """SHP408: the trained parameters are of the kind that adapt.method names."""
-    parts, wanted = _KINDS.get(config.adapt.method, ((), True))
-    strange = (
-        [n for n in built.trained if n != WEIGHT and any(part in n for part in parts) is not wanted] if parts else []
-    )
-    if not strange:
+    """SHP408: the trained parameters are those that adapt.method names, all of them and no others."""
+    method, trained = config.adapt.method, built.trained.keys() - {WEIGHT}
+    wanted = {name for name in trained if "lora_" in name} if built.expected is None else built.expected
+    strange, missing = sorted(trained - wanted), sorted(wanted - trained)
+    if config.conditioning.bridge and WEIGHT not in built.trained:
+        missing.append(WEIGHT)
+    if built.copies:
+        got = f"{len(built.copies)} copies are handed to the optimizer, not the network's own parameters ({built.copies[0]}, ...)"
+        return [_wrong_set(built.copies[0], got, "the parameters that the UNet computes with")]
+    if not strange and not missing:
         return []
-    more = ", ..." if len(strange) > 1 else ""
-    return [
-        Finding(
-            "SHP408", "error", strange[0], f"{len(strange)} of {len(built.trained)} trained parameters ({strange[0]}{more})",
-            f"only what adapt.method={config.adapt.method} names", "The run would train another part of the model than asked for.",
-            "Mend svdtune/model/adapt.py: the method and the names it trains disagree.",
-        )
-    ]  # fmt: skip
+    told = [f"{len(names)} {kind} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for kind, names in (("too many", strange), ("missing", missing)) if names]  # fmt: skip
+    return [_wrong_set((strange or missing)[0], " and ".join(told), f"what adapt.method={method} names")]
 
 
-_TIME = ("temporal", "time_pos_embed", "mix_factor")
-_KINDS = {
-    "temporal": (_TIME, True),
-    "temporal_attention": (_TIME[:1], True),
-    "spatial": (_TIME, False),
-    "lora": (("lora_",), True),
-}
+def _wrong_set(where: str, got: str, expected: str) -> Finding:
+    why = "The run would train another part of the model than asked for, or nothing at all."
+    fix = "Mend svdtune/model/adapt.py: the method and the parameters that it trains disagree."
+    return Finding("SHP408", "error", where, got, f"only and all of {expected}", why, fix)
+
+
+def _learning(config: Config, built: Built) -> list[Finding]:
+    """SHP408: optimizer, schedule and averages are made as training makes them, over exactly the trained parameters."""
+    if config.train.optimizer == "adamw8bit" and not torch.cuda.is_available():
+        return []  # said by the stage env
+    try:
+        learning = make_learning(config.train, built.trained, torch.device("cpu"))
+    except ConfigError as error:
+        return [Finding("ENV008", "error", "train.optimizer", str(error))]
+    except Exception as error:  # whatever it raises here it would raise when training begins
+        why = "Optimizer and learning rate schedule are made as training makes them."
+        return [Finding("SHP401", "error", place_of(error), plain(error), "an optimizer and its schedule", why)]
+    held = [parameter for group in learning.optimizer.param_groups for parameter in group["params"]]
+    if [id(parameter) for parameter in held] == [id(parameter) for parameter in built.trained.values()]:
+        return []
+    got = f"the optimizer holds {len(held)} parameters, {len(built.trained)} are trained"
+    return [_wrong_set("train.optimizer", got, "the trained parameters, in their order")]
 
 
 def _trained_set(built: Built) -> list[Finding]:

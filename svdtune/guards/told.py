@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from svdtune.contracts import Axes, Mismatch, UNetInput, check
 from svdtune.errors import ContractError, SvdtuneError
-from svdtune.guards.calls import Call, record_calls
+from svdtune.guards.calls import Call, record_calls, tensors_in
 from svdtune.guards.findings import Finding
+from svdtune.guards.place import frame_of, place_of
 from svdtune.trainer.step import Parts
 
 _CODES = {
@@ -118,10 +117,18 @@ def _module(call: Call, error: Exception) -> Finding:
     network, _, inside = where.partition(".")
     fields = {"unet": "UNetInput.sample", "vae": "VideoBatch.pixels", "image_encoder": "VideoBatch.pixels"}
     field = next((name for part, name in _FEEDS if part in inside), fields.get(network, ""))
-    shapes = ", ".join(map(str, call.inputs)) or "no tensors"
+    kind, shapes = type(call.module).__name__, ", ".join(map(str, call.inputs)) or "no tensors"
+    if re.search(r"dtype|Input type", str(error)):
+        given = ", ".join(str(t.dtype).removeprefix("torch.") for t in tensors_in((call.arguments, call.keywords)))
+        weights = next((str(p.dtype).removeprefix("torch.") for p in call.module.parameters()), "")
+        return Finding(
+            "SHP401", "error", where, f"{kind} was given {given}: {plain(error)}", f"{weights}, the type of its weights",
+            "Under autocast types are made equal; outside it they must be. The VAE and the loss run in float32 outside it.",
+            "Cast the input where it is made, or keep the call inside (or outside) autocast as it was.",
+        )  # fmt: skip
     return Finding(
         "SHP401", "error", where,
-        f"{type(call.module).__name__} was given {shapes}: {plain(error)}",
+        f"{kind} was given {shapes}: {plain(error)}",
         _takes(call),
         f"It is fed by {field}. {_WHY.get(field, '')}".strip(),
         "The networks' own configs and the record that feeds this module disagree; take all parts from one release, or mend the "
@@ -146,9 +153,19 @@ def _takes(call: Call) -> str:
 
 def _outside(error: Exception) -> Finding:
     """It failed in our own code between the networks, or in the backward pass."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "svdtune" in Path(frame.filename).parts]
-    frames = [frame for frame in frames if "guards" not in Path(frame.filename).parts]
-    last = frames[-1] if frames else None
-    where = f"{Path(last.filename).name}:{last.lineno} {last.name}" if last else "backward pass"
-    why = f"The line is `{last.line}`." if last else "The forward pass is right; the gradient cannot be computed."
-    return Finding("SHP401", "error", where, plain(error), why=why)
+    if "does not require grad" in str(error):
+        return Finding(
+            "SHP406", "error", "train_step", "the loss has no way back to any trained parameter", "a gradient for each",
+            "backward raises \"element 0 of tensors does not require grad\": the UNet's answer is detached, or the UNet is called "
+            "under no_grad.", "Take the detach or no_grad on the way from the UNet to the loss away.",
+        )  # fmt: skip
+    frame = frame_of(error)
+    if frame is None:
+        return Finding(
+            "SHP401",
+            "error",
+            "backward pass",
+            plain(error),
+            why="The forward pass runs; this gradient cannot be computed.",
+        )
+    return Finding("SHP401", "error", place_of(error), plain(error), why=f"The line is `{frame.line}`.")

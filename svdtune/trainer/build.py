@@ -22,7 +22,7 @@ from svdtune.launch import check_world, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model, weights_hash
 from svdtune.model.widen import require_learning
-from svdtune.trainer.optimizer import make_ema, make_optimizer, make_schedule
+from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.step import Parts
 
@@ -100,9 +100,8 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         _use_xformers(model)
     for network in (model.unet, model.vae, model.image_encoder):
         network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    optimizer = make_optimizer(config.train, trained.values(), accelerator.device)
-    ema = make_ema(config.train, trained.values())
-    unet, wrapped = accelerator.prepare(model.unet, optimizer)
+    learning = make_learning(config.train, trained, accelerator.device)
+    unet, wrapped = accelerator.prepare(model.unet, learning.optimizer)
     return Session(
         config=config,
         accelerator=accelerator,
@@ -114,8 +113,8 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         ),
         trained=trained,
         optimizer=wrapped,
-        schedule=make_schedule(config.train, optimizer),
-        ema=ema,
+        schedule=learning.schedule,
+        ema=learning.ema,
         # Hashing the base reads gigabytes, and only the main process writes manifests.
         conventions=conventions(config, model) if accelerator.is_main_process else {},
     )

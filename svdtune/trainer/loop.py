@@ -14,7 +14,7 @@ from torch import Tensor
 
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
-from svdtune.diffusion.draws import make_draws
+from svdtune.diffusion.draws import draws_for
 from svdtune.errors import Diverged, Stopped
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session
@@ -98,10 +98,7 @@ def _accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
         batch = next(batches)
         if batch.rejected:
             session.folder.reject(batch.rejected)
-        draws = make_draws(
-            batch.sample.tolist(), batch.axes(parts.facts), seed=config.run.seed, objective=config.objective,
-            conditioning=config.conditioning,
-        )  # fmt: skip
+        draws = draws_for(batch, parts.facts, config)
         batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
         last = micro == config.train.accumulation - 1
         with nullcontext() if last else accelerator.no_sync(parts.unet):

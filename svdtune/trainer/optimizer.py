@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -15,6 +16,21 @@ from svdtune.errors import ConfigError
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 FUSED = ("cuda", "cpu", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What moves the trained parameters."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    ema: EMAModel | None
+
+
+def make_learning(config: Train, trained: Mapping[str, nn.Parameter], device: torch.device) -> Learning:
+    """Optimizer, schedule and moving average over exactly `trained`, the parameters by name. Raises as `make_optimizer` does."""
+    optimizer = make_optimizer(config, trained.values(), device)
+    return Learning(optimizer, make_schedule(config, optimizer), make_ema(config, trained.values()))
 
 
 def make_optimizer(config: Train, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:

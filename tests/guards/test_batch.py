@@ -72,7 +72,7 @@ def test_the_training_uses_the_same_functions():
     from svdtune.trainer import loop
 
     assert loop.make_loader is loader.make_loader
-    assert loop.make_draws is draws.make_draws
+    assert loop.draws_for is draws.draws_for
     assert torch.is_tensor(_draw_one(draws.generator(0, 1), {"b": 1, "t": 2, "z": 4, "h": 8, "w": 8, "f": 8, "c": 3, "d": 1, "m": 3},
                                      *_sections())["noise"])  # fmt: skip
 

@@ -69,7 +69,12 @@ def test_one_time_id_is_told_by_its_field(tiny, monkeypatch):
             "It has one row per frame; one row per clip is wanted",
         ),
         ("SHP403", "encoder_hidden_states", lambda x: torch.cat([x, x]), "Axis 0 is twice as long"),
-        ("SHP404", "sample", lambda x: x[:, :, :4], "Axis 2 is too short: .repeat_interleave(2, dim=2) would match."),
+        (
+            "SHP404",
+            "sample",
+            lambda x: x[:, :, :4],
+            "Half of axis 2 is missing: the other half is joined by torch.cat([...], dim=2).",
+        ),
         (
             "SHP404",
             "sample",
@@ -233,8 +238,9 @@ def test_a_method_that_trains_something_else(tiny, monkeypatch):
     monkeypatch.setattr(module, "TEMPORAL", module.DEAD)
     monkeypatch.setattr(module, "_learns", lambda name, method: "conv_in" in name)
     found = only(tiny("adapt.method=temporal"))
-    assert (found.code, found.where) == ("SHP408", "conv_in.weight")
-    assert found.expected == "only what adapt.method=temporal names"
+    assert (found.code, found.where) == ("SHP408", "conv_in.bias")
+    assert found.got.startswith("2 too many (conv_in.bias, ...) and ")
+    assert found.expected == "only and all of what adapt.method=temporal names"
 
 
 def test_a_method_that_matches_nothing(tiny, monkeypatch):

@@ -29,13 +29,13 @@ def _code(
 
 
 def _function(target: str) -> Any:
-    from svdtune.data import loader, transform
+    from svdtune.data import clips, loader, transform
     from svdtune.diffusion import conditioning, draws, edm
     from svdtune.model import adapt
-    from svdtune.trainer import build, step
+    from svdtune.trainer import build, optimizer, step
 
     modules = {"conditioning": conditioning, "edm": edm, "draws": draws, "step": step, "adapt": adapt, "build": build,
-               "loader": loader, "transform": transform}  # fmt: skip
+               "loader": loader, "transform": transform, "optimizer": optimizer, "clips": clips}  # fmt: skip
     module, _, name = target.partition(".")
     return getattr(modules[module], name)
 
@@ -311,4 +311,35 @@ INPUTS = [
           ("return (pixels.flip(-1) if flip else pixels).contiguous()", "return pixels.byte()"), topic=("SHP", "DAT", "NUM")),
 ]  # fmt: skip
 
-CODE = [*ENCODING, *CONDITIONS, *STEP, *ADAPT, *INPUTS]
+SETS = ("SHP", "SEM", "NUM", "CFG")
+LEARNING = [
+    _code("dead layers trained with method full", "silent", "M15", "adapt._learns",
+          ("    if DEAD.search(name):\n        return False\n", ""), overrides=("adapt.method=full",), topic=SETS),
+    _code("of the temporal layers only the mix factors", "silent", "J16", "adapt._learns",
+          ("return bool(TEMPORAL.search(name))", 'return name.endswith(".mix_factor")'), overrides=("adapt.method=temporal",), topic=SETS),
+    _code("of the temporal layers only the biases", "silent", "J16", "adapt._learns",
+          ("return bool(TEMPORAL.search(name))", 'return bool(TEMPORAL.search(name)) and name.endswith("bias")'),
+          overrides=("adapt.method=temporal",), topic=SETS),
+    _code("temporal layers trained with method spatial", "silent", "own", "adapt._learns",
+          ('return method == "full" or not TEMPORAL.search(name)', "return True"), overrides=("adapt.method=spatial",), topic=SETS),
+    _code("copies of the parameters handed to the optimizer", "silent", "J16", "build.prepare_networks",
+          ("    return trained", "    return {n: torch.nn.Parameter(p.detach().clone()) for n, p in trained.items()}"), topic=SETS),
+    _code("half of the parameters in the optimizer", "silent", "J16", "optimizer.make_learning",
+          ("make_optimizer(config, trained.values(), device)", "make_optimizer(config, list(trained.values())[::2], device)"), topic=SETS),
+    _code("names in the optimizer", "shape", "J18", "optimizer.make_learning",
+          ("make_optimizer(config, trained.values(), device)", "make_optimizer(config, trained.keys(), device)"), topic=SETS),
+    _code("a schedule that does not exist", "shape", "own", "optimizer.make_schedule",
+          ("SCHEDULES[config.schedule]", 'SCHEDULES[config.schedule] + "s"'), topic=SETS),
+    _code("a target of one frame, and nobody checks", "silent", "F33", "step.denoise",
+          ("    require(prediction, axes)\n", ""), ("Prediction(predict(parts, unet_input), target)", "Prediction(predict(parts, unet_input), target[:, :1])")),
+    _code("draws for another size than the batch's", "shape", "own", "draws.draws_for",
+          ("batch.axes(facts)", "{**batch.axes(facts), 'h': batch.axes(facts)['w'], 'w': batch.axes(facts)['h']}")),
+    _code("the UNet's answer detached", "silent", "J18", "step.predict", ("return output.float()", "return output.detach().float()")),
+    _code("the last chunk of frames dropped", "shape", "D18", POSTERIOR,
+          ("for part in pixels.split(chunk)]", "for part in pixels.split(chunk) if len(part) == min(chunk, len(pixels))]")),
+    _code("pixels in half precision", "shape", "G20", "transform.to_pixels", (".clamp(-1.0, 1.0)", ".clamp(-1.0, 1.0).half()"),
+          topic=("SHP", "DAT", "NUM")),
+    _code("a window one frame too long", "shape", "I08", "clips.window_frames", ("np.arange(num_frames)", "np.arange(num_frames + 1)"), topic=("SHP", "DAT")),
+]  # fmt: skip
+
+CODE = [*ENCODING, *CONDITIONS, *STEP, *ADAPT, *INPUTS, *LEARNING]

@@ -21,8 +21,8 @@ def main() -> None:
     batches = list(loop._loader(session, Position()))
     seen = {"samples": torch.cat([b.sample for b in batches]), "pixels": torch.cat([b.pixels for b in batches])}
     draws = []
-    make_draws = loop.make_draws
-    loop.make_draws = lambda *a, **k: draws.append(make_draws(*a, **k)) or draws[-1]
+    draws_for = loop.draws_for
+    loop.draws_for = lambda *a, **k: draws.append(draws_for(*a, **k)) or draws[-1]
     accumulated = loop._accumulate(session, iter(batches))
     seen["noise"] = torch.cat([d.noise for d in draws])
     seen |= {f"grad/{name}": p.grad.clone() for name, p in session.trained.items()}
