@@ -77,6 +77,12 @@ _ENVIRONMENT: tuple[Rule, ...] = (
     Rule("ENV013", "too little disk for the checkpoints",
          "A checkpoint holds each trained number in float32, the optimizer's state (AdamW: two more), and averages with train.ema.",
          "Free space, another run.dir, or a smaller checkpoint.keep."),
+    Rule("ENV014", "a check could not be made",
+         "A file or folder cannot be read by this user, or code that preflight ran raised something that nobody foresaw.",
+         "Make it readable; where a line of svdtune is named, mend that line or report it."),
+    Rule("ENV015", "more threads than cores",
+         "torch's threads wait for each other in every operator; too many of them make a step many times slower.",
+         "Set run.threads=null: the cores of the machine, divided by its processes."),
     Rule("ENV050", "a kernel's grid is too large",
          "Temporal attention has one row for every latent position. xformers puts rows x heads on a grid axis that ends at 65,535 and "
          "CUDA answers \"invalid configuration argument\".",
@@ -228,6 +234,9 @@ _CHECKPOINT: tuple[Rule, ...] = (
     Rule("CKP219", "the feature extractor's config is missing",
          "It holds the mean and standard deviation that CLIP's pictures are normalised with.",
          "Copy feature_extractor/preprocessor_config.json from the release."),
+    Rule("CKP222", "a variant given as revision",
+         "A revision is a state of the hub's repository, a variant an ending of its files (fp16). The hub finds no such revision.",
+         "Set model.variant, and model.revision=null."),
     Rule("CKP250", "a weight has another shape than the model",
          "Class, config.json and weights are not of one model. The usual advice, ignore_mismatched_sizes=True, leaves the layer random.",
          "Open the file with the class and config.json of its own release; `svdtune inspect FILE` says which."),
@@ -460,3 +469,8 @@ RULES: dict[str, Rule] = {
     )
     for rule in block
 }
+
+
+def only_explained(code: str) -> bool:
+    """Whether only `explain` and `trace` name the rule: their numbers end in 50 and more."""
+    return int(code[-2:]) >= 50

@@ -7,14 +7,17 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from svdtune.config.load import load_config
 from svdtune.config.schema import Config
-from svdtune.errors import ConfigError, PreflightError, UsageError
+from svdtune.errors import ConfigError, PreflightError, SvdtuneError, UsageError
 from svdtune.guards.findings import Report, Stage
 from svdtune.guards.preflight import Options, merged, run_preflight, unreadable
 from svdtune.guards.render import render, stage_line, summary
+from svdtune.launch import world_size
+from svdtune.trainer.run_folder import RunFolder
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?", re.IGNORECASE)
 _PATCHES = 8
@@ -34,6 +37,8 @@ def preflight_verb(
     """Run, print, and return the exit code: 0, 2 for a configuration that cannot be read, 3 for errors found."""
     if path is None and only != "env":
         raise UsageError("preflight: no CONFIG; only `svdtune preflight --only env` works without one")
+    if fix is not None and path is None:
+        raise UsageError("--fix: no CONFIG to repair")
     options = Options(only, exhaustive, None if gpu is None else parse_size(gpu), _progress())
     try:
         config = load_config(path, overrides) if path else None
@@ -42,7 +47,7 @@ def preflight_verb(
     else:
         report = run_preflight(config, options)
         code = 0 if report.ok else PreflightError.exit_code
-    _show(report, only=only, as_json=as_json)
+    _show(report, only=only, as_json=as_json, stages=options.on_stage is None)
     if config is not None and only is None:
         write_report(config, report)
     if fix is not None and path is not None:
@@ -52,11 +57,28 @@ def preflight_verb(
 
 def require_preflight(config: Config) -> None:
     """Before training: raise PreflightError with the whole report when an error was found, else print it."""
-    report = run_preflight(config, Options(on_stage=_progress()))
+    options = Options(on_stage=_progress())
+    report = run_preflight(config, options)
     write_report(config, report)
+    told = render(report, stages=options.on_stage is None)
     if not report.ok:
-        raise PreflightError(f"preflight found what would spoil this run; nothing was started.\n{render(report)}")
-    print(render(report) if report.findings or report.ignored else summary(report), file=sys.stderr)
+        _refuse(config, report)
+        raise PreflightError(f"preflight found what would spoil this run; nothing was started.\n{told}")
+    print(told if report.findings or report.ignored else summary(report), file=sys.stderr)
+
+
+def _refuse(config: Config, report: Report) -> None:
+    """status.json says so too, for launchers that turn every exit code into 1; not in a folder where a run is going on."""
+    errors = [f"{finding.code} {finding.where}" for finding in report.findings if finding.severity == "error"]
+    facts = {
+        "exit_code": PreflightError.exit_code,
+        "reason": f"preflight: {'; '.join(errors)}",
+        "world_size": world_size(),
+    }
+    with suppress(SvdtuneError, OSError):  # said already as a finding, or the folder is somebody else's now
+        folder = RunFolder(Path(config.run.dir) / config.run.name)
+        with folder.lock():
+            folder.write_status(state="failed", **facts)
 
 
 def write_report(config: Config, report: Report) -> None:
@@ -102,7 +124,7 @@ def _progress():
     return say
 
 
-def _show(report: Report, *, only: str | None, as_json: bool) -> None:
+def _show(report: Report, *, only: str | None, as_json: bool, stages: bool) -> None:
     environment = {}
     if only == "env":
         from svdtune.guards.environment import environment_report
@@ -113,7 +135,7 @@ def _show(report: Report, *, only: str | None, as_json: bool) -> None:
         return
     for name, value in environment.get("environment", {}).items():
         print(f"{name:<16} {value}")
-    print(render(report))
+    print(render(report, stages=stages))
 
 
 def _write_fix(source: Path, target: Path, overrides: Sequence[str], report: Report) -> None:
@@ -124,5 +146,7 @@ def _write_fix(source: Path, target: Path, overrides: Sequence[str], report: Rep
         why = "no finding has a verified change" if report.findings else "there is nothing to repair"
         print(f"{target} was not written: {why}", file=sys.stderr)
         return
-    write_repaired(source, target, [*overrides, *changes])
-    print(f"{target}: {source} with {' '.join([*overrides, *changes])}", file=sys.stderr)
+    changes = merged([overrides, changes])
+    write_repaired(source, target, changes)
+    left = f". Not repaired: {', '.join(f'{f.code} {f.where}' for f in report.left)}" if report.left else ""
+    print(f"{target}: {source} with {' '.join(changes)}{left}", file=sys.stderr)

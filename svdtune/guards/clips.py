@@ -51,9 +51,13 @@ class _Seen:
             return False
         return True
 
+    def used(self, index: VideoIndex, **changed: float) -> bool:
+        """Whether the file gives a clip, and to the decoder that is asked for."""
+        return self.fits(index, **changed) and not (self.data.decoder == "decord" and decord_objection(index))
+
     def usable(self, **changed: float) -> int:
-        """How many files give a clip."""
-        return sum(self.fits(index, **changed) for index in self.indexes)
+        """How many files are used."""
+        return sum(self.used(index, **changed) for index in self.indexes)
 
     def share(self, files: Sequence[VideoIndex] | Sequence[Path]) -> str:
         """`3 of 64 files looked at (of 900 in all; --all looks at every one): a.mp4, b.mp4, c.mp4`."""
@@ -79,7 +83,7 @@ def _first_batch(config: Config, seen: _Seen) -> list[Finding]:
     from svdtune.guards.table import facts_of
 
     facts = facts_of(config)
-    files = [index for index in seen.indexes if seen.fits(index)][:2]
+    files = [index for index in seen.indexes if seen.used(index)]
     if facts is None or not files or config.data.height % facts.f or config.data.width % facts.f:
         return []  # said by the stages config and checkpoint
     return check_batch(config, facts, files)
@@ -90,21 +94,21 @@ def _check_files(config: Config, exhaustive: bool) -> list[Finding]:
     try:
         paths = find_videos(data.root)
     except DataError as error:
-        return [Finding("DAT301", "error", "data.root", str(error).removeprefix("data.root: "))]
+        return [Finding("DAT301", "error", "data.root", str(error).removeprefix("data.root: ")), *_links(data)]
     chosen = paths if exhaustive else sample(paths, data)
     seen = _look(data, paths, chosen)
     if not seen.usable() and len(chosen) < len(paths):
         seen = _look(data, paths, paths)
-    found = [*_unreadable(seen), *_slow(seen), *_short(seen)]
+    found = [*_unreadable(seen), *_slow(seen), *_short(seen), *_decord(seen)]
     if not seen.usable():
         found = [_no_clips(seen), *(replace(finding, severity="error") for finding in found)]
-    return [*found, *_aspect(seen), *_small(seen), *_decord(seen), *_copies(seen), *_nothing_held_out(config, seen),
+    return [*found, *_aspect(seen), *_small(seen), *_copies(seen), *_nothing_held_out(config, seen),
             *_interlaced(seen), *_links(data), *_first_batch(config, seen)]  # fmt: skip
 
 
 def sample(paths: Sequence[Path], data: Data) -> list[Path]:
     """At most 64 of `paths`, chosen by a hash of their names so that it stays the same, and up to 32 held-out ones."""
-    root = Path(data.root).expanduser()
+    root = Path(data.root)
     names = [path.relative_to(root).as_posix() for path in paths]
     by_hash = sorted(range(len(paths)), key=lambda i: hashlib.sha256(b"sample:" + names[i].encode()).digest())
     held_out = set(split(names, data.holdout)[1])
@@ -126,6 +130,10 @@ def _no_clips(seen: _Seen) -> Finding:
     )  # fmt: skip
 
 
+def _them(files: Sequence[object]) -> str:
+    return "it" if len(files) == 1 else "them"
+
+
 def _left_out(seen: _Seen) -> str:
     if seen.data.on_bad_clip == "error":
         return "data.on_bad_clip=error stops the run at such a file."
@@ -138,11 +146,10 @@ def _unreadable(seen: _Seen) -> list[Finding]:
     paths = [path for path, _ in seen.unreadable]
     first = seen.unreadable[0][1].removeprefix(f"{paths[0]}: ")
     got = first if len(paths) == 1 else f"{seen.share(paths)}; the first {first}"
-    fix = (
-        "Mend or remove them."
-        if seen.data.on_bad_clip == "skip"
-        else "Mend or remove them, or set data.on_bad_clip=skip."
-    )
+    fix = f"Mend or remove {_them(paths)}"
+    fix += "." if seen.data.on_bad_clip == "skip" else ", or set data.on_bad_clip=skip."
+    if len(paths) == 1 and "remove it" in first.lower():
+        fix = ""  # said already, with the way to mend it
     return [_finding("DAT302", seen, paths, got, "a video that can be read", _left_out(seen), fix)]
 
 
@@ -156,7 +163,11 @@ def _slow(seen: _Seen) -> list[Finding]:
     why = f"At data.fps={seen.data.fps:g} frames would repeat, and the model would learn to stutter. {_left_out(seen)}"
     lower = [floor(rate * 10 + 1e-6) / 10 for rate in rates]
     patch = _best(seen, "fps", [rate for rate in lower if rate >= 1]) if _most(seen, slow) else ()
-    fix = f"Set {patch[0]}." if patch else "Lower data.fps, or remove them."
+    fix = f"Set {patch[0]}." if patch else f"Lower data.fps, or remove {_them(slow)}."
+    stalls = [index for index in slow if 1 / index.frame_seconds >= seen.data.fps]
+    if len(stalls) == len(slow):
+        why = f"{why} Most of their frames come {1 / stalls[0].frame_seconds:.3g} times a second, but there are gaps without any."
+        fix, patch = f"Cut the gaps out, or remove {_them(slow)}.", ()
     return [_finding("DAT305", seen, slow, got, f"at least data.fps={seen.data.fps:g}", why, fix, patch)]
 
 
@@ -176,7 +187,7 @@ def _short(seen: _Seen) -> list[Finding]:
     if _most(seen, short):
         patch = _best(seen, "fps", [fps for fps in faster if fps <= 30])
         patch = patch or _best(seen, "num_frames", [count for count in fewer if count >= 2])
-    fix = f"Set {patch[0]}." if patch else "Raise data.fps, lower data.num_frames, or remove them."
+    fix = f"Set {patch[0]}." if patch else f"Raise data.fps, lower data.num_frames, or remove {_them(short)}."
     return [_finding("DAT304", seen, short, got, expected, _left_out(seen), fix, patch)]
 
 
@@ -240,7 +251,7 @@ def _small(seen: _Seen) -> list[Finding]:
     expected = f"at least half of data.width x data.height = {data.width}x{data.height}"
     why = f"They are scaled up {max(scales.values()):.1f} times, and the model learns their blur."
     patch = _smaller(data, sorted(scales.values())[len(scales) // 2]) if _most(seen, small) else ()
-    fix = f"Set {' '.join(patch)}, or take larger clips." if patch else "Take larger clips, or remove these."
+    fix = f"Set {' '.join(patch)}, or take larger clips." if patch else f"Take larger clips, or remove {_them(small)}."
     return [Finding("DAT307", "warning", seen.where(small), got, expected, why, fix, patch)]
 
 
@@ -272,8 +283,8 @@ def _decord(seen: _Seen) -> list[Finding]:
 
 def _copies(seen: _Seen) -> list[Finding]:
     """Files equal to the byte: all of them, or on both sides of the held-out split."""
-    names = {index: index.path.relative_to(Path(seen.data.root).expanduser()).as_posix() for index in seen.indexes}
-    usable = [index for index in seen.indexes if seen.fits(index)]
+    names = {index: index.path.relative_to(Path(seen.data.root)).as_posix() for index in seen.indexes}
+    usable = [index for index in seen.indexes if seen.used(index)]
     groups = _equal(usable)
     if len(usable) > 1 and groups and len(groups[0]) == len(usable):
         got = f"all {len(usable)} files looked at are copies of one"
@@ -350,13 +361,13 @@ def _interlaced(seen: _Seen) -> list[Finding]:
 
 
 def _links(data: Data) -> list[Finding]:
-    links = linked_folders(data.root)
+    links = linked_folders(data.root) if Path(data.root).is_dir() else []
     if not links:
         return []
     names = ", ".join(map(str, links[:_NAMED])) + (", ..." if len(links) > _NAMED else "")
     why = "Linked folders are not followed, so no clip in them is used."
     fix = "Move the clips there, or give the folder that is linked to as data.root."
-    return [Finding("DAT313", "warning", str(links[0]), f"{len(links)} linked folder(s): {names}", "folders", why, fix)]
+    return [Finding("DAT313", "warning", str(links[0]), f"linked: {names}", "folders of their own", why, fix)]
 
 
 def _images(config: Config) -> list[Finding]:

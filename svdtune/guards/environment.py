@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import shutil
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -32,22 +31,19 @@ _DIFFUSERS = (
 )
 _GRID = 65535
 """Largest second and third dimension of a CUDA grid; attention kernels put batch (x heads) there."""
-_SHARED_MEMORY = Path("/dev/shm")
-_PREFETCH = 2
-"""Batches per worker that wait (`data/loader.py`)."""
-_STATES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
-"""Bytes of optimizer state for each trained number."""
 
 
-def check_environment(config: Config | None) -> list[Finding]:
-    """ENV001 and following; what depends on options is looked at only with a configuration."""
+def check_environment(config: Config | None, *, for_a_card: bool = False) -> list[Finding]:
+    """ENV001 and following; what depends on options is looked at only with a configuration.
+
+    `for_a_card`: the run is for a GPU that this machine need not have, so what needs one is not refused where there is none.
+    """
     found = [*check_versions(), *_driver(), *_decoder(config)]
     if config is None:
         return found
-    return [
-        *found, *_attention(config), *_grid(config), *_precision(config), *_optimizer(config), *_trackers(config),
-        *_keys(config), *_run_folder(config), *_shared_memory(config),
-    ]  # fmt: skip
+    if not for_a_card or _cuda():
+        found += [*_attention(config), *_precision(config), *_optimizer(config), *_threads(config)]
+    return [*found, *_grid(config), *_trackers(config), *_keys(config), *_run_folder(config), *_shared_memory(config)]
 
 
 def environment_report() -> Mapping[str, str]:
@@ -264,7 +260,9 @@ def _optimizer(config: Config) -> list[Finding]:
     if not missing and _cuda():
         return []
     got = "adamw8bit, and bitsandbytes is not installed" if missing else "adamw8bit, and no NVIDIA GPU is visible"
-    fix = "Set train.optimizer=adamw" + (", or run `pip install 'svdtune[bitsandbytes]'`." if missing else ".")
+    fix = "Set train.optimizer=adamw" + (
+        ", or run `pip install 'svdtune[bitsandbytes]'`." if missing and _cuda() else "."
+    )
     return [Finding("ENV008", "error", "train.optimizer", got, "an optimizer that runs here", "It keeps its state in 8 bits with "
                     "bitsandbytes' CUDA kernels.", fix, ("train.optimizer=adamw",))]  # fmt: skip
 
@@ -332,55 +330,32 @@ def _run_folder(config: Config) -> list[Finding]:
 
 
 def _shared_memory(config: Config) -> list[Finding]:
-    """ENV012: as `data/loader.py:_require_shared_memory`, before any weights are loaded; for all processes of this machine."""
+    """ENV012: before any weights are loaded, and for all processes of this machine."""
+    from svdtune.data.loader import shared_memory
     from svdtune.launch import local_processes
 
     data, processes = config.data, local_processes()
-    if data.workers == 0 or not _SHARED_MEMORY.is_dir():
+    room = shared_memory(data, config.train.batch_size)
+    if data.workers == 0 or room is None:
         return []
-    batch = config.train.batch_size * data.num_frames * 3 * data.height * data.width * 4
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    room = free // (batch * _PREFETCH * processes)
-    if room >= data.workers:
+    each, free = room
+    workers = free // (each * processes)
+    if workers >= data.workers:
         return []
-    needed = batch * _PREFETCH * data.workers * processes
-    return [Finding("ENV012", "error", "data.workers", f"{data.workers} workers x {_PREFETCH} batches x {processes} process(es) = "
-                    f"{needed / 2**20:.0f} MB", f"at most the {free / 2**20:.0f} MB free in {_SHARED_MEMORY}",
+    needed = each * data.workers * processes
+    got = f"{data.workers} workers x {processes} process{'es' * (processes > 1)}: up to {needed / 2**20:,.0f} MB of waiting clips"
+    return [Finding("ENV012", "error", "data.workers", got, f"at most the {free / 2**20:,.0f} MB that are free in shared memory",
                     "Workers hand their clips over there; when it is full the kernel kills them (\"Bus error\"). Docker gives 64 MB.",
-                    f"Set data.workers={room}, or start the container with --shm-size={needed // 2**30 + 1}g.",
-                    (f"data.workers={room}",))]  # fmt: skip
+                    f"Set data.workers={workers}, or start the container with --shm-size={needed // 2**30 + 1}g.",
+                    (f"data.workers={workers}",))]  # fmt: skip
 
 
-def check_disk(config: Config, trained_parameters: int) -> list[Finding]:
-    """ENV013: the planned checkpoints do not fit. `trained_parameters`: how many numbers are trained.
-
-    Counts what is certain: float32 weights, optimizer state and averages of each checkpoint, and one more being written;
-    checkpoints that this run already has are not asked for twice. The export comes on top and is not counted.
-    """
-    train, checkpoint = config.train, config.checkpoint
-    each = trained_parameters * (4 + _STATES[train.optimizer] + (4 if train.ema else 0))
-    planned = min(checkpoint.keep, -(-train.steps // checkpoint.interval))
-    folder = Path(config.run.dir) / config.run.name
-    there = _bytes_of(folder / "checkpoints")
-    # The oldest is removed only after the newest is published.
-    extra = 1 if -(-train.steps // checkpoint.interval) > planned else 0
-    needed = each * (planned + extra) - there
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed <= free:
+def _threads(config: Config) -> list[Finding]:
+    """ENV015: more threads than cores wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = config.run.threads or 0
+    if asked <= cores:
         return []
-    keep = int((free + there) // each) - 1 if each else 0
-    patch = (f"checkpoint.keep={keep}",) if 1 <= keep < checkpoint.keep else ()
-    fix = f"Free space, set run.dir to a larger disk{f', or set {patch[0]}' if patch else ''}."
-    return [Finding("ENV013", "error", "run.dir", f"{_gib(free)} free", f"{_gib(needed)}: {planned + extra} checkpoints of {_gib(each)}",
-                    f"Each holds {trained_parameters:,} trained numbers in float32, {train.optimizer}'s state"
-                    f"{' and their averages' if train.ema else ''}; an old one goes only after the new one is safe.",
-                    fix, patch)]  # fmt: skip
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.1f} MiB"
+    return [Finding("ENV015", "warning", "run.threads", f"{asked:,}", f"at most {cores:,}, the cores of this machine",
+                    "torch's threads wait for each other in every operator: with more of them than cores a step can take many times "
+                    "longer.", "Set run.threads=null.", ("run.threads=null",))]  # fmt: skip

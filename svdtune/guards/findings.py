@@ -42,6 +42,8 @@ class Report:
     stages: Sequence[Stage]
     findings: Sequence[Finding]
     ignored: Sequence[Finding] = ()
+    left: Sequence[Finding] = ()
+    """Errors that remain with all verified changes applied together."""
     axes: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     """What the run will need: see `guards/memory.py`."""
@@ -58,6 +60,7 @@ class Report:
             "stages": [asdict(stage) for stage in self.stages],
             "findings": [asdict(finding) for finding in self.findings],
             "ignored": [asdict(finding) for finding in self.ignored],
+            "left": [asdict(finding) for finding in self.left],
             "axes": dict(self.axes),
             "predicted": dict(self.predicted),
         }

@@ -5,9 +5,11 @@ A first estimate: fake tensors have the sizes of real ones, the allocator's roun
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +131,41 @@ def _on_cpu(needed: Estimate) -> list[Finding]:
     ]  # fmt: skip
 
 
+def check_disk(config: Config, trained_parameters: int) -> list[Finding]:
+    """ENV013: the planned checkpoints do not fit. `trained_parameters`: how many numbers are trained.
+
+    Counts what is certain: float32 weights, optimizer state and averages of each checkpoint, and one more being written;
+    checkpoints that this run already has are not asked for twice. The export comes on top and is not counted.
+    """
+    train, checkpoint = config.train, config.checkpoint
+    each = trained_parameters * (4 + _STATE_BYTES[train.optimizer] + (4 if train.ema else 0))
+    planned = min(checkpoint.keep, -(-train.steps // checkpoint.interval))
+    folder = Path(config.run.dir) / config.run.name
+    there = _bytes_of(folder / "checkpoints")
+    # The oldest is removed only after the newest is published.
+    extra = 1 if -(-train.steps // checkpoint.interval) > planned else 0
+    needed = each * (planned + extra) - there
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    keep = int((free + there) // each) - 1 if each else 0
+    patch = (f"checkpoint.keep={keep}",) if 1 <= keep < checkpoint.keep else ()
+    fix = (
+        f"Free space, set {patch[0]}, or set run.dir to a larger disk."
+        if patch
+        else "Free space, or set run.dir to a larger disk."
+    )
+    return [Finding("ENV013", "error", "run.dir", f"{_gib(free)} free", f"{_gib(needed)}: {planned + extra} checkpoints of {_gib(each)}",
+                    f"Each holds {trained_parameters:,} trained numbers in float32, {train.optimizer}'s state"
+                    f"{' and their averages' if train.ema else ''}; an old one goes only after the new one is safe.",
+                    fix, patch)]  # fmt: skip
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
 def _smaller(config: Config) -> tuple[str, tuple[str, ...]]:
     """The first change that keeps what is learned."""
     train = config.train
@@ -140,8 +177,6 @@ def _smaller(config: Config) -> tuple[str, tuple[str, ...]]:
             "Take one clip at a time, with as many clips per update (train.batch_size, train.accumulation).",
             ("train.batch_size=1", f"train.accumulation={steps}"),
         )
-    if config.memory.vae_chunk > 1:
-        return "Encode one frame at a time (memory.vae_chunk).", ("memory.vae_chunk=1",)
     if config.adapt.method != "lora":
         return "Train adapters instead of all weights (adapt.method).", ("adapt.method=lora",)
     return "Take fewer frames (data.num_frames) or smaller ones (data.height, data.width).", ()
@@ -152,4 +187,4 @@ def _gpu_bytes() -> int | None:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.0f} MiB"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,8 +13,11 @@ from svdtune.config.load import with_overrides
 from svdtune.config.schema import Config
 from svdtune.errors import ConfigError, SvdtuneError
 from svdtune.guards.findings import Finding, Report, Stage
+from svdtune.guards.place import place_of
 
 STAGES = ("env", "config", "checkpoint", "data", "shapes", "memory")
+_MORE = 4
+"""Further changes that one finding may ask for while it does not go away: each is proved with those before it."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,11 @@ class Options:
 def run_preflight(config: Config | None, options: Options = Options()) -> Report:
     """All stages; a stage that cannot start because of an earlier one is marked skipped.
 
-    `config` may be None for the stage `env` alone. Patches of findings are applied together, everything is run again,
-    and a patch that does not make its finding go away is dropped.
+    `config` may be None for the stage `env` alone. The patches of findings are applied one after another, everything is run
+    again with each, and one that does not make its finding go away, or brings a new error, is dropped.
     """
-    first = _Run(config, options)
-    report = first.report()
-    if config is None or not any(finding.patch for finding in report.findings):
-        return report
-    return replace(report, findings=_verified(config, first, report))
+    first = Pass(config, options)
+    return first.report() if config is None else _proved(first)
 
 
 def unreadable(errors: Sequence[ConfigError], repaired: Config | None, options: Options = Options()) -> Report:
@@ -56,45 +58,63 @@ def unreadable(errors: Sequence[ConfigError], repaired: Config | None, options: 
 
 
 def _unreadable(error: ConfigError, repaired: bool) -> Finding:
-    where, _, got = str(error).partition(": ")
+    where, key, told = str(error).split(": ", 2) if str(error).count(": ") > 1 else (str(error), "", "")
+    got, _, expected = told.removeprefix("got ").partition(", expected ")
+    if not told.startswith("got "):
+        where, _, got = str(error).partition(": ")
+        key = expected = ""
+    where = f"{where}: {key}" if key else where
     if not repaired or not error.patch:
-        return Finding("CFG101", "error", where, got)
+        return Finding("CFG101", "error", where, got, expected)
     fix = "Set the nearest value that is allowed; the other stages looked at the configuration with it."
-    return Finding("CFG101", "error", where, got, fix=fix, patch=error.patch, verified=True)
+    return Finding("CFG101", "error", where, got, expected, fix=fix, patch=error.patch, verified=True)
 
 
-class _Run:
-    """One pass over the stages, and what they hand to each other."""
+class Pass:
+    """The stages run once over one configuration, and what they hand to each other."""
 
-    def __init__(self, config: Config | None, options: Options, before: _Run | None = None) -> None:
+    def __init__(self, config: Config | None, options: Options, before: Pass | None = None) -> None:
         self.config, self.options, self.before = config, options, before
-        self.findings: list[Finding] = []
+        self.found: dict[str, list[Finding]] = {}
+        self.stages: list[Stage] = []
         self.predicted: dict[str, Any] = {}
         self.rehearsal: Any = None
+        for name in STAGES if options.only is None else (options.only,):
+            self._enter(name)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of all stages, in their order."""
+        return [finding for stage in self.found.values() for finding in stage]
 
     def report(self) -> Report:
-        """All stages, or the one that was asked for."""
-        stages: list[Stage] = []
-        for name in STAGES if self.options.only is None else (self.options.only,):
-            started = time.perf_counter()
-            found = self.check(name)
-            failed = found is not None and any(finding.severity == "error" for finding in found)
-            status = "skipped" if found is None else "failed" if failed else "ok"
-            stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
-            if self.options.on_stage and self.before is None:
-                self.options.on_stage(stages[-1])
-            self.findings += found or []
+        """What this pass shows."""
         ignore = self.config.preflight.ignore if self.config else []
         ignored = [finding for finding in self.findings if finding.code in ignore]
         kept = [finding for finding in self.findings if finding.code not in ignore]
-        return Report(stages, kept, ignored, _axes(self.config), self.predicted)
+        return Report(self.stages, kept, ignored, axes=_axes(self.config), predicted=self.predicted)
 
-    def check(self, name: str) -> list[Finding] | None:
+    def _enter(self, name: str) -> None:
+        started = time.perf_counter()
+        try:
+            found = self._check(name)
+        except Exception as error:  # one check that breaks must not take the others' findings along
+            traceback.print_exception(error, file=sys.stderr)
+            found = [_broken(name, error)]
+        ignore = self.config.preflight.ignore if self.config else []
+        failed = any(finding.severity == "error" and finding.code not in ignore for finding in found or ())
+        status = "skipped" if found is None else "failed" if failed else "ok"
+        self.found[name] = found or []
+        self.stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
+        if self.options.on_stage and self.before is None:
+            self.options.on_stage(self.stages[-1])
+
+    def _check(self, name: str) -> list[Finding] | None:
         """Findings of one stage; None when it cannot start."""
         if name == "env":
             from svdtune.guards.environment import check_environment
 
-            return check_environment(self.config)
+            return check_environment(self.config, for_a_card=self.options.device_bytes is not None)
         if self.config is None:
             raise ValueError(f"stage {name} needs a configuration")
         return getattr(self, f"_{name}")(self.config)
@@ -120,10 +140,13 @@ class _Run:
         found = check_table(config)
         if found is None and self.options.only:
             return self._checkpoint(config)
-        if found is None or any(finding.code == "CFG105" for finding in self.findings):
+        unbuilt = any(f.code in ("CKP201", "CKP216") and f.where.endswith(".json") for f in self.findings)
+        if found is None or unbuilt or any(finding.code == "CFG105" for finding in self.findings):
             return None  # an earlier stage says what is wrong with the model's configs or the targets
         if any(finding.severity == "error" for finding in found):
-            return found
+            # A bridge would be made for a number that the weights deny.
+            denied = any(f.code in ("CKP211", "CKP215") and "image_encoder" in f.where for f in self.findings)
+            return [replace(finding, patch=()) for finding in found] if denied else found
         self.rehearsal = self._rehearsed(config)
         known = {finding.code for finding in self.findings} & {"CFG108", "CKP201"}
         return [*found, *(finding for finding in self.rehearsal.findings if finding.code not in known)]
@@ -142,8 +165,7 @@ class _Run:
         needed = self.rehearsal.needed if self.rehearsal else None
         if needed is None:
             return found or None
-        from svdtune.guards.environment import check_disk
-        from svdtune.guards.memory import check_memory, device_bytes
+        from svdtune.guards.memory import check_disk, check_memory, device_bytes
 
         self.predicted = needed.as_json(device_bytes(self.options.device_bytes))
         return [
@@ -152,12 +174,25 @@ class _Run:
         ]
 
 
+def _broken(stage: str, error: Exception) -> Finding:
+    """ENV014: not even the check could be made."""
+    text = str(error).strip().splitlines()
+    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if isinstance(error, OSError):
+        why, fix = (
+            "The stage ended there; what it would have found is not known.",
+            "Make it readable, or point elsewhere.",
+        )
+    else:
+        why = "Nobody foresaw this; the traceback is on stderr. What the stage would have found is not known."
+        fix = "If you changed svdtune's code, the line is named; otherwise please report it with `svdtune preflight --only env`."
+    return Finding("ENV014", "error", place_of(error) or f"stage {stage}", told, "a check that ends", why, fix)
+
+
 def merged(patches: Sequence[Sequence[str]]) -> list[str]:
-    """One value for each key: the first finding that asks for it decides."""
-    first: dict[str, str] = {}
-    for override in (override for patch in patches for override in patch):
-        first.setdefault(override.partition("=")[0], override)
-    return list(first.values())
+    """One value for each key: the last one counts, as it was proved with those before it."""
+    last = {override.partition("=")[0]: override for patch in patches for override in patch}
+    return list(last.values())
 
 
 def _of_step(config: Config) -> tuple[Any, ...]:
@@ -167,43 +202,62 @@ def _of_step(config: Config) -> tuple[Any, ...]:
     return *sections, data.num_frames, data.height, data.width
 
 
-def _verified(config: Config, first: _Run, report: Report) -> list[Finding]:
-    """Each patch marked verified, or dropped: all together where they agree, else one by one."""
-    patches = [finding.patch for finding in report.findings if finding.patch]
-    together = merged(patches)
-    after = _errors_with(config, first, together)
-    agree = after is not None and not _spoiled(report, after)
-    done = []
-    for finding in report.findings:
+def _proved(first: Pass) -> Report:
+    """The report with each patch marked verified, or dropped; those that hold are applied before the next is tried."""
+    applied: list[str] = []
+    now, findings = first, []
+    for finding in first.report().findings:
         if finding.patch:
-            alone = len(patches) > 1 and not (agree and set(finding.patch) <= set(together))
-            seen = _errors_with(config, first, finding.patch) if alone else after
-            holds = (
-                seen is not None
-                and _identity(finding) not in map(_identity, seen.findings)
-                and not _spoiled(report, seen)
-            )
-            finding = replace(finding, verified=True) if holds else replace(finding, patch=())
-        done.append(finding)
-    return done
+            finding, change, now = _tried(first, now, finding, applied)
+            applied = merged([applied, change])
+        findings.append(finding)
+    left = [] if now is first else [f for f in now.report().findings if f.severity == "error"]
+    return replace(first.report(), findings=findings, left=left)
 
 
-def _errors_with(config: Config, first: _Run, patch: Sequence[str]) -> Report | None:
-    """What is found with `patch` applied; None when the configuration is refused."""
+def _tried(first: Pass, now: Pass, finding: Finding, applied: Sequence[str]) -> tuple[Finding, Sequence[str], Pass]:
+    """The finding with what is proved of its patch, the change that holds, and the pass after it."""
+    there = _again(finding, now)
+    if there is None:
+        return replace(finding, patch=(), fix=f"{finding.fix} It is gone with the changes above.".strip()), (), now
+    change, fixes = list(there.patch), [there.fix]
+    for _ in range(_MORE):
+        after = _with(first.config, [*applied, *change], now)
+        if after is None or _spoiled(first, now, after):
+            break
+        still = _again(finding, after)
+        if still is None:
+            return replace(finding, fix=" ".join(fixes), patch=tuple(change), verified=True), change, after
+        fixes.append(still.fix)
+        if not set(still.patch) - set(change):
+            break  # the last of its fixes is not one of the configuration
+        change = merged([change, still.patch])
+    return replace(finding, patch=(), fix=fixes[-1]), (), now
+
+
+def _with(config: Config | None, overrides: Sequence[str], before: Pass) -> Pass | None:
+    """The stages run again with `overrides`; None when the configuration is refused."""
+    assert config is not None  # without one nothing offers a change
     try:
-        return _Run(with_overrides(config, patch), first.options, first).report()
+        return Pass(with_overrides(config, overrides), before.options, before)
     except SvdtuneError:
         return None
 
 
-def _spoiled(before: Report, after: Report) -> bool:
-    """Whether a stage that passed before fails now; one that is reached for the first time may find what was hidden."""
-    was = {stage.name: stage.status for stage in before.stages}
-    return any(stage.status == "failed" and was[stage.name] == "ok" for stage in after.stages)
+def _again(finding: Finding, seen: Pass) -> Finding | None:
+    """The finding of the same rule at the same place, if it is still there."""
+    return next((f for f in seen.report().findings if (f.code, f.where) == (finding.code, finding.where)), None)
 
 
-def _identity(finding: Finding) -> tuple[str, str]:
-    return finding.code, finding.where
+def _spoiled(first: Pass, now: Pass, after: Pass) -> bool:
+    """Whether the change brings back what one before it mended, or an error to a stage that was reached without it.
+
+    A stage that is reached for the first time may find what it finds.
+    """
+    had, wanted = ({(f.code, f.where, f.severity) for f in seen.findings} for seen in (now, first))
+    reached = {stage.name for stage in now.stages if stage.status != "skipped"}
+    new = [(name, (f.code, f.where, f.severity)) for name, found in after.found.items() for f in found]
+    return any(known in wanted or (known[-1] == "error" and name in reached) for name, known in new if known not in had)
 
 
 def _axes(config: Config | None) -> dict[str, int]:

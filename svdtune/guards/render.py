@@ -12,9 +12,10 @@ _WIDTH = 110
 _INDENT = " " * 12
 
 
-def render(report: Report) -> str:
-    """The whole report as text."""
-    return "\n".join([*map(stage_line, report.stages), *_findings(report), summary(report)])
+def render(report: Report, *, stages: bool = True) -> str:
+    """The whole report as text; without `stages` for somebody who saw them end."""
+    lines = [*map(stage_line, report.stages)] if stages else []
+    return "\n".join([*lines, *_findings(report), *_left(report), summary(report)])
 
 
 def stage_line(stage: Stage) -> str:
@@ -40,6 +41,14 @@ def _findings(report: Report) -> Iterator[str]:
         yield ""
     for finding in report.ignored:
         yield f"ignored      {finding.code} {finding.where} (preflight.ignore)"
+
+
+def _left(report: Report) -> Iterator[str]:
+    """What the verified changes do together."""
+    if not any(finding.verified for finding in report.findings):
+        return
+    left = ", ".join(f"{finding.code} {finding.where}" for finding in report.left)
+    yield f"with all changes above: {f'still {left}' if left else 'no error left'}"
 
 
 def block(finding: Finding) -> str:

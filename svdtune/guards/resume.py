@@ -14,6 +14,7 @@ from svdtune.guards.headers import BadFile, read_header
 from svdtune.model.facts import local_folder
 from svdtune.model.load import weights_hash
 
+_RESTORE = "Restore the folder from a copy, remove it, or set another run.name to start anew."
 _HASHED = 2**29
 _NAMES = ("lora.safetensors", "unet.safetensors")
 
@@ -91,8 +92,7 @@ def _damaged(folder: Path, problem: str, whole: Path | None) -> Finding:
         else "No checkpoint of this run is left to go on from."
     )
     return Finding(
-        "CKP221", "warning" if whole else "error", str(folder), problem, "a whole checkpoint", why,
-        "Restore the folder from a copy, remove it, or set another run.name to start anew.",
+        "CKP221", "warning" if whole else "error", str(folder), problem, "a whole checkpoint", why, _RESTORE,
     )  # fmt: skip
 
 
@@ -103,7 +103,8 @@ def _other_parameters(config: Config, folder: Path, trained: Mapping[str, Any]) 
     try:
         saved = {name: entry.shape for name, entry in read_header(path).tensors.items()}
     except BadFile as bad:
-        return [_damaged(folder, f"{path}: {bad.what}", None)]
+        why = "Training would stop when it goes on from this checkpoint."
+        return [Finding("CKP221", "error", str(folder), f"{path}: {bad.what}", "a whole checkpoint", why, _RESTORE)]
     now = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     if saved == now:
         return []

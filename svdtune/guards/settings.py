@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any
 
 from svdtune.config.schema import Config
 from svdtune.errors import CheckpointError, DataError
-from svdtune.guards.catalog import RULES
+from svdtune.guards.catalog import RULES, only_explained
 from svdtune.guards.findings import Finding
 from svdtune.guards.table import local_configs
 from svdtune.model.facts import SHIPPED, ModelConfigs
@@ -21,6 +22,8 @@ _DEAD = re.compile(r"(^|\.)attn2\.to_[qk]$")
 _WIDE = 320
 """Channels of SVD's first level; a narrower UNet stands other learning rates, and was not trained as SVD was."""
 _FULL_LR, _LORA_LR, _ANY_LR = 1e-3, 1e-2, 0.1
+_DROWNED, _LARGEST = 20.0, 80.0
+"""A strength of noise that no clip should meet, and ln of one that float32 cannot square and sum."""
 _FPS, _MOTION = (5, 30), (1, 255)
 """What SVD was trained with (sgm's sampling script and paper)."""
 
@@ -137,24 +140,28 @@ def _targets_patch(targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _repeated_clips(config: Config) -> list[Finding]:
-    from svdtune.data.catalog import find_videos
+    from svdtune.data.catalog import find_videos, split
     from svdtune.launch import world_size
 
     train, world = config.train, world_size()
     clips = train.batch_size * train.accumulation * world
     try:
-        files = len(find_videos(config.data.root))
+        names = [path.relative_to(config.data.root).as_posix() for path in find_videos(config.data.root)]
     except DataError:
         return []  # said by the data stage
+    files = len(split(names, config.data.holdout)[0])
     if clips <= files:
         return []
+    factors = [f"batch_size {train.batch_size:,}", f"accumulation {train.accumulation:,}"]
+    factors += [f"{world} processes"] if world > 1 else []
+    lower = [f"train.{key}" for key in ("accumulation", "batch_size") if getattr(train, key) > 1]
     return [
         Finding(
-            "CFG107", "warning", "train.batch_size", f"{train.batch_size} x accumulation {train.accumulation} x {world} "
-            f"process(es) = {clips} clips per update", f"at most {files}, the files below data.root",
+            "CFG107", "warning", "train.batch_size", f"{' x '.join(factors)} = {clips:,} clips per update",
+            f"at most {files:,}, the files to train on",
             "Each update sees the same files more than once (in other windows): its gradient is of fewer clips than its size "
             "says, and every update costs as much as several.",
-            "Lower train.accumulation or train.batch_size, or add clips.",
+            f"Lower {' or '.join(lower)}, or add clips." if lower else "Add clips, or use fewer processes.",
         )
     ]  # fmt: skip
 
@@ -210,7 +217,7 @@ def _value(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _both_named(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -295,15 +302,19 @@ def _below(z: float) -> float:
 
 def _noise_aug(config: Config) -> list[Finding]:
     mean, std = config.conditioning.noise_aug
-    if mean <= 0:
+    usual, rare = exp(min(mean, 50)), exp(min(mean + 4 * std, 300))
+    if mean <= 0 and rare <= _DROWNED:
         return []
+    overflows = mean + 4 * std > _LARGEST
+    got = f"mean {mean:g}, standard deviation {std:g}: a usual strength of {usual:.3g}, and now and then {rare:.3g}"
+    why = "The strength is the standard deviation of the noise on the first frame, whose pixels lie in [-1, 1]: above 1 the noise is "
+    why += "stronger than the picture, and there is nothing left to continue."
+    if overflows:
+        why += " Numbers as large as the rare ones are no float32 any more: the loss becomes NaN."
     return [
         Finding(
-            "CFG112", "warning", "conditioning.noise_aug", f"mean {mean:g}: a usual strength of {exp(min(mean, 50)):.3g}",
-            "a mean of ln(strength) below 0 (SVD: -3)",
-            "The strength is the standard deviation of the noise on the first frame, whose pixels lie in [-1, 1]: above 1 the "
-            "noise is stronger than the picture, and there is nothing left to continue.",
-            f"Set conditioning.noise_aug=[-3.0,{min(std, 0.5):g}].", (f"conditioning.noise_aug=[-3.0,{min(std, 0.5):g}]",),
+            "CFG112", "error" if overflows else "warning", "conditioning.noise_aug", got, "ln(strength) of mean -3 and deviation 0.5",
+            why, "Set conditioning.noise_aug=[-3.0,0.5].", ("conditioning.noise_aug=[-3.0,0.5]",),
         )
     ]  # fmt: skip
 
@@ -331,18 +342,18 @@ def _nothing_to_validate(config: Config) -> list[Finding]:
     if config.data.holdout > 0 or not (samples or validation.clips):
         return []
     lost = [name for name, asked in (("held-out loss", validation.clips), ("sample videos", samples)) if asked]
-    patch = [*(["validation.clips=0"] if validation.clips else []), *(["validation.samples=0"] if samples else [])]
+    off = [*(["validation.clips=0"] if validation.clips else []), *(["validation.samples=0"] if samples else [])]
     return [
         Finding(
             "CFG116", "warning", "data.holdout", "0: no clip is held out", "clips to validate on, or validation switched off",
             f"There is nothing to make {' and '.join(lost)} from, so progress would not be seen.",
-            "Set data.holdout=0.1, or say that you want it so.", tuple(patch),
+            f"Set data.holdout=0.1, or say that you want it so: {' '.join(off)}.", ("data.holdout=0.1",),
         )
     ]  # fmt: skip
 
 
 def _run_among_clips(config: Config) -> list[Finding]:
-    run, root = (Path(path).expanduser().absolute() for path in (config.run.dir, config.data.root))
+    run, root = (Path(path).absolute() for path in (config.run.dir, config.data.root))
     if not run.is_relative_to(root):
         return []
     return [
@@ -369,13 +380,12 @@ def _mostly_held_out(config: Config) -> list[Finding]:
 def _unknown_codes(config: Config) -> list[Finding]:
     found = []
     for code in config.preflight.ignore:
-        if code in RULES:
+        if code in RULES and not only_explained(code):
             continue
-        near = get_close_matches(code.upper(), RULES, n=1)
+        near = get_close_matches(code.upper(), [rule for rule in RULES if not only_explained(rule)], n=1)
         fix = f"Did you mean {near[0]}?" if near else "Take a code from the report."
-        found.append(
-            Finding("CFG114", "warning", "preflight.ignore", code, "the code of a rule", "It silences nothing.", fix)
-        )
+        expected = "the code of a rule that preflight can find"
+        found.append(Finding("CFG114", "warning", "preflight.ignore", code, expected, "It silences nothing.", fix))
     return found
 
 

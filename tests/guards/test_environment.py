@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from svdtune.config.load import load_config
+from svdtune.data import loader
+from svdtune.errors import DataError
 from svdtune.guards import environment
-from svdtune.guards.environment import check_disk, check_environment, check_versions, environment_report, probe_xformers
+from svdtune.guards.environment import check_environment, check_versions, environment_report, probe_xformers
+from svdtune.guards.memory import check_disk
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Usage = namedtuple("Usage", "total used free")
@@ -229,6 +232,24 @@ def test_the_eight_bit_optimizer(monkeypatch):
     assert check_environment(config("train.optimizer=adamw8bit", "train.precision=no")) == []
 
 
+def test_a_run_for_a_rented_card_is_not_refused_for_what_this_machine_lacks(monkeypatch):
+    without(monkeypatch, "xformers", "bitsandbytes")
+    made = config("train.precision=fp16", "memory.attention=xformers", "train.optimizer=adamw8bit", "run.threads=999")
+    assert sorted(f.code for f in check_environment(made)) == ["ENV005", "ENV007", "ENV008", "ENV015"]
+    assert check_environment(made, for_a_card=True) == []
+    monkeypatch.setattr(environment, "_cuda", lambda: True)
+    assert "ENV008" in [f.code for f in check_environment(made, for_a_card=True)]
+
+
+def test_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    assert check_environment(config("run.threads=2")) == []
+    found = only("run.threads=1000")
+    assert (found.code, found.severity, found.where) == ("ENV015", "warning", "run.threads")
+    assert (found.got, found.expected) == ("1,000", "at most 2, the cores of this machine")
+    assert check_environment(config("run.threads=1000", *found.patch)) == []
+
+
 def test_a_tracker_that_is_not_installed(monkeypatch):
     without(monkeypatch, "tensorboard")
     found = only("tracking.backends=[wandb,tensorboard]")
@@ -268,13 +289,13 @@ def test_a_run_folder_that_cannot_be(tmp_path):
 
 def test_shared_memory_for_the_workers(monkeypatch):
     """25 x 3 x 576 x 1024 float32 are 168.75 MiB; 4 workers with 2 batches each want 1350."""
-    monkeypatch.setattr(environment, "_SHARED_MEMORY", Path("/"))
+    monkeypatch.setattr(loader, "_SHARED_MEMORY", Path("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 0, 1350 * 2**20))
     assert check_environment(config()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 0, 1349 * 2**20))
     found = only()
     assert (found.code, found.severity, found.patch) == ("ENV012", "error", ("data.workers=3",))
-    assert found.got == "4 workers x 2 batches x 1 process(es) = 1350 MB"
+    assert found.got == "4 workers x 1 process: up to 1,350 MB of waiting clips"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**26, 0, 2**26))
     assert only().patch == ("data.workers=0",)
     assert check_environment(config("data.workers=0")) == []
@@ -282,10 +303,6 @@ def test_shared_memory_for_the_workers(monkeypatch):
 
 def test_shared_memory_agrees_with_the_loader(monkeypatch):
     """The same number of bytes makes both refuse."""
-    from svdtune.data import loader
-    from svdtune.errors import DataError
-
-    monkeypatch.setattr(environment, "_SHARED_MEMORY", Path("/"))
     monkeypatch.setattr(loader, "_SHARED_MEMORY", Path("/"))
     made = config("data.workers=3", "data.num_frames=14", "train.batch_size=2")
     needed = 2 * 14 * 3 * 576 * 1024 * 4 * 3 * 2
@@ -307,11 +324,11 @@ def test_disk_for_the_checkpoints(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 0, 63_999_999))
     (found,) = check_disk(made, 1_000_000)
     assert (found.code, found.severity, found.patch) == ("ENV013", "error", ("checkpoint.keep=2",))
-    assert found.expected == "61.0 MiB: 4 checkpoints of 15.3 MiB"
+    assert found.expected == "61 MiB: 4 checkpoints of 15 MiB"
     assert found.why.startswith("Each holds 1,000,000 trained numbers in float32, adamw's state and their averages")
     short = config("checkpoint.interval=500", "train.steps=600", "checkpoint.keep=3")
     assert check_disk(short, 2_600_000) == []  # 2 checkpoints of 31.2 MB, and no third
-    assert check_disk(short, 2_700_000)[0].expected.endswith("2 checkpoints of 30.9 MiB")
+    assert check_disk(short, 2_700_000)[0].expected.endswith("2 checkpoints of 31 MiB")
 
 
 def test_checkpoints_that_are_there_need_no_new_room(monkeypatch):

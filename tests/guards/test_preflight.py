@@ -19,6 +19,7 @@ from svdtune.guards import settings, shapes
 from svdtune.guards.findings import Finding, Report, Stage
 from svdtune.guards.preflight import STAGES, Options, merged, run_preflight
 from svdtune.guards.render import render
+from svdtune.trainer.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -78,6 +79,7 @@ def claim(monkeypatch, *findings):
         return [*real(config), *(replace(f, expected="") for f in said)]
 
     monkeypatch.setattr(settings, "check_settings", check)
+    monkeypatch.setattr(shapes, "rehearse", lambda config: shapes.Rehearsal([]))
 
 
 def _set(config, override):
@@ -115,15 +117,53 @@ def test_one_bad_change_does_not_take_a_good_one_along(tiny, monkeypatch):
     assert (bad.patch, bad.verified) == ((), False)
 
 
-def test_two_changes_of_one_key_are_proved_apart(tiny, monkeypatch):
+def test_a_change_that_undoes_one_before_it_is_dropped(tiny, monkeypatch):
     claim(
         monkeypatch,
         Finding("CFG104", "warning", "one", "y", "train.log_interval=3", patch=("train.log_interval=3",)),
         Finding("CFG104", "warning", "other", "y", "train.log_interval=4", patch=("train.log_interval=4",)),
     )
     one, other = run_preflight(tiny()).findings
-    assert (one.verified, other.verified) == (True, True)
-    assert merged([one.patch, other.patch]) == ["train.log_interval=3"]
+    assert (one.verified, other.verified, other.patch) == (True, False, ())
+
+
+def test_a_finding_that_another_change_mended_claims_no_change_of_its_own(tiny, monkeypatch):
+    claim(
+        monkeypatch,
+        Finding("CFG104", "warning", "one", "y", "train.log_interval=3", patch=("train.log_interval=3",)),
+        Finding("CFG104", "warning", "other", "y", "train.log_interval=3", fix="Set it.", patch=("run.seed=9",)),
+    )
+    one, other = run_preflight(tiny()).findings
+    assert (one.verified, other.verified, other.patch) == (True, False, ())
+    assert other.fix == "Set it. It is gone with the changes above."
+
+
+def test_changes_that_help_only_together_are_offered_together(tiny, monkeypatch):
+    def check(config):
+        first = Finding("CFG104", "warning", "x", "y", "z", fix="First this.", patch=("train.log_interval=3",))
+        then = replace(first, fix="Then that.", patch=("run.seed=9",))
+        return [] if config.run.seed == 9 else [then if config.train.log_interval == 3 else first]
+
+    claim(monkeypatch)
+    monkeypatch.setattr(settings, "check_settings", check)
+    [finding] = run_preflight(tiny()).findings
+    assert (finding.verified, finding.patch) == (True, ("train.log_interval=3", "run.seed=9"))
+    assert finding.fix == "First this. Then that."
+
+
+def test_what_is_left_after_all_changes_is_told(tiny, monkeypatch):
+    claim(
+        monkeypatch,
+        Finding("CFG104", "warning", "one", "y", "train.log_interval=3", patch=("train.log_interval=3",)),
+        Finding("CFG105", "error", "adapt.targets", "y", "run.seed=9", fix="Think."),
+    )
+    report = run_preflight(tiny())
+    assert [(f.code, f.where) for f in report.left] == [("CFG105", "adapt.targets")]
+    assert "with all changes above: still CFG105 adapt.targets" in render(report)
+
+
+def test_the_last_value_of_a_key_counts():
+    assert merged([["train.lr=1", "run.seed=2"], ["train.lr=3"]]) == ["train.lr=3", "run.seed=2"]
 
 
 def test_a_change_that_uncovers_a_later_stage_is_kept(tiny):
@@ -168,7 +208,7 @@ def test_the_verb_prints_and_writes_the_report(own, tmp_path):
 def test_json_is_one_object_with_all_that_the_design_names(own):
     done = invoke("preflight", *own, "data.num_frames=5", "--json")
     parsed = json.loads(done.stdout)
-    assert parsed.keys() == {"ok", "stages", "findings", "ignored", "axes", "predicted"}
+    assert parsed.keys() == {"ok", "stages", "findings", "ignored", "left", "axes", "predicted"}
     wanted = {"code", "severity", "where", "expected", "got", "why", "fix", "patch", "verified"}
     assert parsed["findings"][0].keys() == wanted
     assert parsed["predicted"]["peak_gib"] > 0
@@ -185,7 +225,8 @@ def test_a_size_the_vae_would_floor_is_repaired_and_the_rest_is_checked(own, tmp
     assert done.exit_code == 2
     first, second = json.loads(done.stdout)["findings"]
     assert (first["code"], first["patch"], first["verified"]) == ("CFG101", ["data.height=64"], True)
-    assert "the VAE would floor it silently" in first["got"]
+    assert (first["where"], first["got"]) == ("override 'data.height=65': data.height", "65")
+    assert "the VAE would floor it silently" in first["expected"]
     assert (second["code"], second["verified"]) == ("CFG104", True)
     repaired = load_config(tmp_path / "out.yaml")
     assert (repaired.data.height, repaired.data.num_frames) == (64, 8)
@@ -196,8 +237,8 @@ def test_two_sizes_that_do_not_load_are_both_told_and_repaired(own, tmp_path):
     done = invoke("preflight", *own, "data.height=66", "data.width=97", "--fix", tmp_path / "out.yaml", "--json")
     found = json.loads(done.stdout)["findings"]
     assert [(f["code"], f["where"], f["patch"]) for f in found] == [
-        ("CFG101", "override 'data.height=66'", ["data.height=64"]),
-        ("CFG101", "override 'data.width=97'", ["data.width=96"]),
+        ("CFG101", "override 'data.height=66': data.height", ["data.height=64"]),
+        ("CFG101", "override 'data.width=97': data.width", ["data.width=96"]),
     ]
     assert load_config(tmp_path / "out.yaml").data.width == 96
 
@@ -249,7 +290,21 @@ def test_train_refuses_and_starts_nothing(own, tmp_path, capsys):
     config = load_config(own[0], [*own[1:], f"data.root={tmp_path}"])
     with pytest.raises(PreflightError, match=r"(?s)nothing was started.*DAT301"):
         cli._require_preflight(config)
-    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["preflight.json"]
+    folder = tmp_path / "runs" / "tiny"
+    assert {path.name for path in folder.iterdir()} <= {"preflight.json", "status.json", ".lock"}
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+    assert status["reason"].startswith("preflight: DAT301 ")
+
+
+def test_a_refusal_leaves_the_status_of_a_run_that_is_going_on(own, tmp_path):
+    config = load_config(own[0], [*own[1:], f"data.root={tmp_path}"])
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    with folder.lock():
+        folder.write_status(state="running", exit_code=None, reason=None, world_size=1)
+        with pytest.raises(PreflightError):
+            cli._require_preflight(config)
+        assert json.loads((folder.path / "status.json").read_text())["state"] == "running"
 
 
 def test_train_preflight_only_stops_after_it(own, tmp_path):
@@ -312,13 +367,32 @@ def test_an_error_nobody_knows_is_left_alone(tiny, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_stage_that_raises_is_not_swallowed(tiny, monkeypatch):
+def test_a_stage_that_raises_is_told_and_takes_no_other_along(tiny, monkeypatch, capsys):
     def broken(*_args, **_keywords):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("nobody foresaw it")
 
     monkeypatch.setattr(clips_stage, "check_clips", broken)
-    with pytest.raises(ZeroDivisionError):
-        run_preflight(tiny())
+    report = run_preflight(tiny("data.num_frames=5"))
+    assert codes(report) == [("CFG104", "warning"), ("ENV014", "error")]
+    assert (report.findings[1].where, report.findings[1].got) == (
+        "stage data",
+        "ZeroDivisionError: nobody foresaw it",
+    )
+    assert statuses(report) == {**dict.fromkeys(STAGES, "ok"), "data": "failed"}
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_has_its_own_advice(tiny, monkeypatch):
+    def denied(*_args, **_keywords):
+        raise PermissionError(13, "Permission denied", "/models/unet/config.json")
+
+    monkeypatch.setattr(clips_stage, "check_clips", denied)
+    [finding] = run_preflight(tiny()).findings
+    assert (finding.code, finding.got) == (
+        "ENV014",
+        "PermissionError: [Errno 13] Permission denied: '/models/unet/config.json'",
+    )
+    assert finding.fix == "Make it readable, or point elsewhere."
 
 
 def test_a_finding_reads_as_a_block():
@@ -335,6 +409,7 @@ def test_a_finding_reads_as_a_block():
         "  fix       Change it.",
         "  set       data.height=64   (verified: with it this finding is gone)",
         "",
+        "with all changes above: no error left",
         "preflight: 1 error; needs about 3.2 GiB of device memory in each process",
     ]
 

@@ -38,6 +38,26 @@ def test_comments_order_and_other_values_stay(source, tmp_path):
     assert source.read_text() == TEXT
 
 
+@pytest.mark.parametrize("indent", [("  ", "  "), ("  ", "    "), ("    ", "      ")])
+def test_line_ends_indentation_and_comments_inside_a_list_stay(tmp_path, indent):
+    source = tmp_path / "run.yaml"
+    option, item = indent
+    text = (
+        f"adapt:\r\n{option}targets:\r\n{item}- attn1.to_q   # the first\r\n{item}- attn9.to_q\r\n"
+        f"{item}- attn1.to_v   # the last\r\ntrain:\r\n{option}steps: 300\r\n"
+    )
+    source.write_bytes(text.encode())
+    write_repaired(source, tmp_path / "out.yaml", ["adapt.targets=[attn1.to_q,attn1.to_v]"])
+    assert (tmp_path / "out.yaml").read_bytes() == text.replace(f"{item}- attn9.to_q\r\n", "").encode()
+
+
+def test_null_is_written_as_null(tmp_path):
+    source = tmp_path / "run.yaml"
+    source.write_text("model:\n  variant: fp16   # of the files\n")
+    write_repaired(source, tmp_path / "out.yaml", ["model.variant=null"])
+    assert (tmp_path / "out.yaml").read_text() == "model:\n  variant: null   # of the files\n"
+
+
 def test_another_file_is_never_overwritten(source, tmp_path):
     target = tmp_path / "out.yaml"
     target.write_text("mine")

@@ -145,14 +145,20 @@ def test_targets_that_match_nothing():
 
 
 def test_an_update_that_sees_a_file_twice(tmp_path, monkeypatch):
-    root = f"data.root={clips(tmp_path / 'clips', 4)}"
+    root = f"data.root={clips(tmp_path / 'clips', 5)}"
     assert check(root) == []
     found = only(root, "train.batch_size=2", "train.accumulation=3")
     assert (found.code, found.severity) == ("CFG107", "warning")
-    assert found.got == "2 x accumulation 3 x 1 process(es) = 6 clips per update"
-    assert found.expected == "at most 4, the files below data.root"
+    assert found.got == "batch_size 2 x accumulation 3 = 6 clips per update"
+    assert (found.expected, found.fix) == (
+        "at most 4, the files to train on",
+        "Lower train.accumulation or train.batch_size, or add clips.",
+    )
+    assert only(root, "data.holdout=0.5").expected == "at most 3, the files to train on"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert only(root).got.endswith("1 x accumulation 4 x 2 process(es) = 8 clips per update")
+    assert only(root).got.endswith("batch_size 1 x accumulation 4 x 2 processes = 8 clips per update")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert only(root, "train.accumulation=1").fix == "Add clips, or use fewer processes."
 
 
 def run_folder(*overrides, config="svd_xt_lora", step=5):
@@ -170,7 +176,7 @@ def run_folder(*overrides, config="svd_xt_lora", step=5):
     [
         ((), ("adapt.method=temporal",), "adapt.method=lora"),
         ((), ("adapt.rank=8",), "adapt.rank=16"),
-        (("adapt.dora=true",), (), "adapt.dora=True"),
+        (("adapt.dora=true",), (), "adapt.dora=true"),
         (("adapt.targets=[attn1.to_q]",), ("adapt.targets=[attn1.to_v]",), "adapt.targets=['attn1.to_q']"),
         ((), ("model.pretrained=stabilityai/stable-video-diffusion-img2vid-xt-1-1",), "model.pretrained=stabilityai/stable-video-diffusion-img2vid-xt"),  # noqa: E501
     ],
@@ -244,7 +250,16 @@ def test_noise_levels_that_sampling_never_visits():
 def test_a_frame_drowned_in_noise():
     found = only("conditioning.noise_aug=[0.7,1.0]")
     assert (found.code, found.severity, found.patch) == ("CFG112", "warning", ("conditioning.noise_aug=[-3.0,0.5]",))
-    assert found.got == "mean 0.7: a usual strength of 2.01"
+    assert found.got == "mean 0.7, standard deviation 1: a usual strength of 2.01, and now and then 110"
+    rare = only("conditioning.noise_aug=[-3.0,2.0]")
+    assert (rare.severity, rare.patch) == ("warning", ("conditioning.noise_aug=[-3.0,0.5]",))
+    assert check("conditioning.noise_aug=[-3.0,1.4]") == check("conditioning.noise_aug=[-3.0,0]") == []
+
+
+def test_noise_that_no_float32_holds():
+    found = only("conditioning.noise_aug=[-3.0,50.0]")
+    assert (found.code, found.severity) == ("CFG112", "error")
+    assert found.why.endswith("Numbers as large as the rare ones are no float32 any more: the loss becomes NaN.")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +277,9 @@ def test_nothing_held_out_and_validation_asked_for():
     found = only("data.holdout=0", "data.root=gone")
     assert (found.code, found.where) == ("CFG116", "data.holdout")
     assert found.why == "There is nothing to make held-out loss and sample videos from, so progress would not be seen."
-    assert check(*found.patch, "data.holdout=0") == []
+    assert check("data.holdout=0", *found.patch, "data.root=gone") == []
+    assert found.fix.endswith(": validation.clips=0 validation.samples=0.")
+    assert check("data.holdout=0", "validation.clips=0", "validation.samples=0") == []
     assert check("data.holdout=0", "validation.clips=0", "validation.images=[a.png]") == []
 
 

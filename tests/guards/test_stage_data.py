@@ -183,6 +183,13 @@ def test_files_that_decord_reads_wrongly(root):
     assert found.got == "the file is stored rotated or mirrored: 1 of 4 files: turned.mp4"
 
 
+def test_files_all_of_which_decord_reads_wrongly(tmp_path):
+    video(tmp_path, "turned.mp4", rotation=180)
+    found = check(tmp_path, "data.decoder=decord", "data.holdout=0")
+    assert [(f.code, f.severity) for f in found] == [("DAT301", "error"), ("DAT308", "error")]
+    assert found[1].patch == ("data.decoder=auto",)
+
+
 def test_all_files_are_one(root):
     for name in ("1.mp4", "2.mp4"):
         shutil.copy(root / "0.mp4", root / name)
