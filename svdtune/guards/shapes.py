@@ -5,7 +5,6 @@ It runs twice: at the user's sizes, and at sizes that are all different, where s
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,6 @@ import torch
 from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender, TemporalResnetBlock
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
@@ -66,10 +64,6 @@ def rehearse(config: Config) -> Rehearsal:
     except Exception as error:  # whatever building raises here it would raise when training begins
         got = f"the networks cannot be built: {plain(error)}"
         return Rehearsal([Finding("SHP401", "error", place_of(error) or "model", got)])
-    finally:
-        # Shapes of this step are remembered by torch, and gigabytes of nothing wait for the collector.
-        FakeTensorMode.cache_clear()
-        gc.collect()
 
 
 @dataclass(frozen=True)

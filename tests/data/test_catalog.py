@@ -61,7 +61,7 @@ def test_no_videos_in_it_says_what_is(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find_videos(tmp_path)
     assert str(caught.value) == (
-        f"data.root: no videos in {tmp_path} (it holds 2 .gif, 1 .txt; folders inside were searched). "
+        f"data.root: no videos in {tmp_path} (it and the folders inside hold 2 .gif, 1 .txt; links to folders are not followed). "
         f"Wanted: {' '.join(SUFFIXES)}"
     )
 

@@ -174,7 +174,7 @@ def test_too_little_shared_memory_is_said_before_the_kernel_kills(
     with pytest.raises(DataError) as caught:
         load(files, data=data)
     assert str(caught.value) == (
-        "data.workers=4: up to 2700 MB of clips wait in /dev/shm, which has 64 MB free. "
+        "data.workers=4: up to 2,700 MB of clips wait in /dev/shm, which has 64 MB free. "
         "Lower data.workers (0 needs none), or give the container more: --shm-size"
     )
 
