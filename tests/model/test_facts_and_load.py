@@ -216,7 +216,7 @@ def test_a_missing_or_wrong_number_names_file_and_key(folder, part, key):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
     with pytest.raises(
-        ModelError, match=rf"{part}/config\.json: {key} is missing, and the default of .* need not be this"
+        ModelError, match=rf"{part}/config\.json: {key} is missing, and its class's default need not be this"
     ):
         model_facts(read_configs(folder))
     for wrong in ("24", None, 0, True, {}):

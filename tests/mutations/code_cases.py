@@ -300,15 +300,15 @@ INPUTS = [
           ('"sigma": log_normal(sigma,', '"sigma": log_normal(sigma.expand(axes["t"]),')),
     _code("dropout as true and false", "shape", "G20", "draws._draw_one", (").float()", ")"), topic=NUMBER),
     _code("clips with channels before frames", "shape", "C18", "transform.to_pixels",
-          ("return (pixels.flip(-1) if flip else pixels).contiguous()", "return pixels.transpose(0, 1).contiguous()"),
+          ("return pixels", "return pixels.transpose(0, 1).contiguous()"),
           frames=5, topic=("SHP", "DAT")),
     _code("clips with one grey channel", "shape", "I25", "transform.to_pixels",
-          ("return (pixels.flip(-1) if flip else pixels).contiguous()", "return pixels.mean(1, keepdim=True)"),
+          ("return pixels", "return pixels.mean(1, keepdim=True)"),
           topic=("SHP", "DAT")),
     _code("frames per second as whole numbers", "shape", "G23", "loader._tensors",
           ("torch.full((count,), float(data.fps))", "torch.full((count,), int(data.fps))"), topic=("SHP", "DAT", "NUM")),
     _code("pixels stay bytes", "shape", "G23", "transform.to_pixels",
-          ("return (pixels.flip(-1) if flip else pixels).contiguous()", "return pixels.byte()"), topic=("SHP", "DAT", "NUM")),
+          ("return pixels", "return pixels.byte()"), topic=("SHP", "DAT", "NUM")),
 ]  # fmt: skip
 
 SETS = ("SHP", "SEM", "NUM", "CFG")
@@ -337,7 +337,7 @@ LEARNING = [
     _code("the UNet's answer detached", "silent", "J18", "step.predict", ("return output.float()", "return output.detach().float()")),
     _code("the last chunk of frames dropped", "shape", "D18", POSTERIOR,
           ("for part in pixels.split(chunk)]", "for part in pixels.split(chunk) if len(part) == min(chunk, len(pixels))]")),
-    _code("pixels in half precision", "shape", "G20", "transform.to_pixels", (".clamp(-1.0, 1.0)", ".clamp(-1.0, 1.0).half()"),
+    _code("pixels in half precision", "shape", "G20", "transform.to_pixels", ("return pixels", "return pixels.half()"),
           topic=("SHP", "DAT", "NUM")),
     _code("a window one frame too long", "shape", "I08", "clips.window_frames", ("np.arange(num_frames)", "np.arange(num_frames + 1)"), topic=("SHP", "DAT")),
 ]  # fmt: skip

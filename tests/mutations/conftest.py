@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,34 @@ def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     write_demo(folder, clips=6, num_frames=100, fps=24, height=64, width=96, motion_bucket=12)
     return folder
+
+
+_REHEARSED: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """For cases that leave the code as it is: configurations and model JSON that are alike are rehearsed once for all of them."""
+    from svdtune.guards import shapes
+
+    real = shapes.rehearse
+
+    def remembered(config: Any) -> Any:
+        runs, model = Path(config.run.dir), Path(config.model.pretrained)
+        if runs.exists():  # what a run left is looked at too
+            return real(config)
+        alike = replace(
+            config,
+            run=replace(config.run, dir="runs"),
+            model=replace(config.model, pretrained="tiny"),
+            data=replace(config.data, root="clips"),
+        )
+        key = repr((alike, [path.read_bytes() for path in sorted(model.glob("*/*.json"))] or str(model)))
+        if key not in _REHEARSED:
+            _REHEARSED[key] = real(config)
+        return _REHEARSED[key]
+
+    return lambda: monkeypatch.setattr(shapes, "rehearse", remembered)
 
 
 @pytest.fixture

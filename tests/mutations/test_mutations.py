@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def name(case: Mutation | Sound) -> str:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=name)
-def test_mutation_is_caught(mutation: Mutation, box: Sandbox) -> None:
+def test_mutation_is_caught(mutation: Mutation, box: Sandbox, rehearsed_once: Callable[[], None]) -> None:
     mutation.apply(box)
+    if mutation in [*CONFIGURATION, *CHECKPOINT, *DATA]:
+        rehearsed_once()
     findings = _findings(box, mutation in [*CONFIGURATION, *FRESH])
     wanted = ("error", "warning") if mutation.warning_is_enough else ("error",)
     codes = [finding.code for finding in findings if finding.severity in wanted]
