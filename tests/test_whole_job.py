@@ -17,8 +17,7 @@ from svdtune.data.index import index_video
 from svdtune.data.readers import open_reader
 
 # The fine-tuning of the README takes 2 minutes on 2 free cores, many more where others use them too.
-# One worker runs it once for all tests of this file.
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.xdist_group("whole job")]
+pytestmark = pytest.mark.timeout(1800)
 REPO = Path(__file__).parents[1]
 
 

@@ -60,6 +60,8 @@ def record_calls(network: nn.Module, name: str = "") -> Iterator[list[Call]]:
         call.outputs, call.done = outputs, True
 
     for path, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # compiled: it takes no hooks, so its calls are its caller's
         full = ".".join(part for part in (name, path) if part)
         handles.append(module.register_forward_pre_hook(enter(full), prepend=True, with_kwargs=True))
         handles.append(module.register_forward_hook(leave, with_kwargs=True))

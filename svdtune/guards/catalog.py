@@ -432,6 +432,10 @@ _MEMORY: tuple[Rule, ...] = (
          "No GPU is visible, and the step needs more memory than this machine has. That is expected where a laptop checks a run "
          "for a rented card.",
          "Run it on the card, or check against its memory with `svdtune preflight CONFIG --gpu 24GiB`."),
+    Rule("MEM750", "the machine's main memory is full, or a process was killed",
+         "The kernel kills the largest process when main memory is full; it leaves no message of its own. An allocation on the CPU that "
+         "fails does.",
+         "Fewer processes or loader workers, more memory, or a higher limit of the container."),
 )
 
 _RANKS: tuple[Rule, ...] = (

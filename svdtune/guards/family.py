@@ -115,8 +115,10 @@ def _video(facts: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "SV3D-p", (
             "add_embedding takes 1280 = 256 + 512 + 512: noise level, elevation and azimuth instead of SVD's 3 x 256.",
         )
-    if ids is None or ids % 3 or takes is None or gives is None:
+    if ids is None or ids % 3:
         return "video UNet", ("It has SVD's temporal layers, but not SVD's three ids.",)
+    if takes is None or gives is None:
+        return "video UNet", ("Its first or last convolution is not here, so it is not whole.",)
     if takes == 2 * gives:
         return "SVD", (_NO_FRAMES,)
     known = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ _LEFTOVERS = ("model_ema.", "conditioner.embedders.3.", "conditioner.embedders.0
               "conditioner.embedders.0.open_clip.model.ln_final.", "conditioner.embedders.0.open_clip.model.text_projection",
               "conditioner.embedders.0.open_clip.model.logit_scale")  # fmt: skip
 """What released files hold beside the model: averages, a second encoder, CLIP's text tower."""
+_WRAPPERS = ("module.", "_orig_mod.")
 _FACTS = ("in_channels", "out_channels", "cross_attention_dim", "time_ids_width", "width")
 _NOT_COMPARED = {"sample_size", "architectures", "transformers_version", "torch_dtype", "dtype"}
 """Keys of a config that change neither a shape nor a number that is computed."""
@@ -88,9 +90,10 @@ def inspect_path(path: Path, against: str | None = None) -> Inspection:
         raise UsageError(f"inspect: no such file or folder: {path}")
     found = _contents(path, check=True)
     parts = [_describe(name, table, found.notes.get(name)) for name, table in found.tables.items()]
+    problems = list(dict.fromkeys(found.problems))
     if against is None:
-        return Inspection(str(path), parts, found.problems)
-    return Inspection(str(path), parts, found.problems, against, _differences(found, against))
+        return Inspection(str(path), parts, problems)
+    return Inspection(str(path), parts, problems, against, _differences(found, against))
 
 
 def render_inspection(found: Inspection) -> str:
@@ -143,6 +146,10 @@ def _files(paths: list[Path]) -> _Contents:
         alone = len(family.parts) == 1 and family.naming in ("diffusers", "transformers") and family.parts[0] in STEMS
         name = family.parts[0] if alone and family.parts[0] not in found.tables else path.name
         found.tables[name] = table
+        if shard := re.search(r"-0*(\d+)-of-0*(\d+)\.", path.name):
+            found.notes[name] = (
+                f"By its name it is shard {shard[1]} of {shard[2]}: only all of them together are a model."
+            )
     return found
 
 
@@ -211,6 +218,10 @@ def _describe(name: str, table: Mapping[str, Entry], note: str | None) -> Part:
     if left:
         notes.append(
             f"{len(left)} weights beside the model (averages, text tower, a second encoder) are not used: {some(left)}"
+        )
+    if wrapper := next((p for p in _WRAPPERS if all(tensor.startswith(p) for tensor in table)), ""):
+        notes.append(
+            f"Every name begins with {wrapper!r}, a wrapper's: loaders that are strict refuse it, others leave all weights random."
         )
     numbers = sum(entry.numbers for entry in table.values())
     return Part(name, family.name, family.naming, family.parts, numbers, dtypes, facts, tuple(notes))

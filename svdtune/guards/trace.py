@@ -235,8 +235,11 @@ def _no_gradient(done: Run) -> list[Finding]:
     """SHP452: nothing that leaves the module can be learned from, or a layer that ran gets no gradient."""
     trained = [name for name, p in done.module.named_parameters() if p.requires_grad]
     made = tensors_in(done.outputs)
-    if not trained or not made:
+    if not trained:
         return []
+    if not made:
+        return [Finding("SHP452", "error", type(done.module).__name__, f"forward returns {type(done.outputs).__name__}", "tensors",
+                        "There is nothing to make a loss of.", "Return the result: mostly the return is forgotten.")]  # fmt: skip
     return _cut_off(done) if total(done.outputs) is not None else [_all_cut(done, made)]
 
 

@@ -617,3 +617,29 @@ def test_a_very_long_line_is_read_in_part():
     """The grammar's cost grows with the square of a line; without the limit this takes minutes."""
     assert explain("a." * 200_000) == []
     assert explain("x" * 300_000 + "\n" + f"RuntimeError: {WORDINGS[0].format(4, 256, 768, 1280)}")[0].code == "SHP402"
+
+
+def test_the_memory_that_is_full_is_named():
+    """The GPU's, another process's, or the machine's: three causes with three fixes."""
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.5 GiB of which 1.0 GiB is free."
+    [own], [other], [machine] = (
+        explain(text)
+        for text in (
+            f"{full} Process 7 has 2.50 GiB memory in use. Including non-PyTorch memory, this process has 20.1 GiB memory in use.",
+            f"{full} Process 7 has 20.1 GiB memory in use. Including non-PyTorch memory, this process has 2.50 GiB memory in use.",
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        )
+    )
+    assert (own.code, own.title) == ("MEM701", "out of memory")
+    assert (other.code, other.evidence) == ("MEM701", "process 7 holds 20.1 GiB of 23.5 GiB.")
+    assert (machine.code, "data.workers" in machine.fix) == ("MEM750", True)
+
+
+def test_a_rank_that_waited_names_the_error_of_the_one_that_failed():
+    text = (
+        "[rank0]: torch.distributed.DistBackendError: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)\n"
+        "[rank1]: FileNotFoundError: [Errno 2] No such file or directory: 'clips/31.mp4'\n"
+    )
+    [found] = [one for one in explain(text) if one.code == "DST803"]
+    assert "Another rank's own error: FileNotFoundError: [Errno 2] No such file" in found.evidence
+    assert found.fix.startswith("Mend that error first.")

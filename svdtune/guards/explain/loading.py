@@ -225,7 +225,8 @@ def init(message: Message, numbers: Numbers) -> list[Explanation]:
 def header(message: Message, numbers: Numbers) -> list[Explanation]:
     """safetensors could not read the header."""
     detail = message.groups[0].strip()
-    cut = "incomplete" in detail.lower()
+    # `invalid header length`: the file ends inside its header; other files begin with an absurd length (`header too large`).
+    cut = "incomplete" in detail.lower() or "invalid header length" in detail.lower()
     return [
         _explained(
             "the weight file is cut off" if cut else "the weight file does not begin as safetensors do",
@@ -236,6 +237,28 @@ def header(message: Message, numbers: Numbers) -> list[Explanation]:
             else "The first 8 bytes are the length of a JSON header. An HTML page, a pickle or a pointer file has something else there.",
             "Delete it and download it again; `svdtune inspect FILE` then says that it is whole.",
             code="CKP252",
+        )
+    ]  # fmt: skip
+
+
+def pickle_key(message: Message, numbers: Numbers) -> list[Explanation]:
+    """The first byte of a file that was opened as a pickle and is none."""
+    first = message.groups[0]
+    pointer = first == "v"
+    what = {"v": "a git-lfs pointer begins with 'version https://git-lfs...'", "<": "an HTML page begins with '<'"}.get(
+        first
+    )
+    return [
+        _explained(
+            "the weight file is a git-lfs pointer, a few lines of text" if pointer else "the weight file is no pickle",
+            "medium" if what else "low",
+            what or "a pickle begins with another byte; which kind of file this is it does not tell",
+            f"its first byte is {first!r}.",
+            "The repository was cloned without git-lfs, so the large files were never fetched." if pointer
+            else "A damaged download, a page saved as weights, or safetensors under the name of a pickle.",
+            "git lfs install && git lfs pull in that folder, or download with `hf download`." if pointer
+            else "`svdtune inspect FILE` says what it is; download it again.",
+            code="CKP254" if pointer else "CKP252",
         )
     ]  # fmt: skip
 
@@ -298,5 +321,5 @@ def hub(message: Message, numbers: Numbers) -> list[Explanation]:
 
 CAUSES = {
     "load_cannot": load, "load_size": load, "load_versus": load, "keys": keys, "keys_log": keys, "init": init, "header": header,
-    "missing_file": missing_file, "revision": hub, "hub": hub,
+    "missing_file": missing_file, "pickle_key": pickle_key, "revision": hub, "hub": hub,
 }  # fmt: skip

@@ -57,6 +57,7 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
     ("dtype_attention", r"to have the same dtype, but got query\.dtype: ([\w:.]+) key\.dtype: ([\w:.]+)"),
     ("unscale", r"(Attempting to unscale FP16 gradients)"),
     ("nan", r"([Nn]a[Nn]s? (?:detected|was|found|encountered)[^\n]{0,60})"),
+    ("nan", r"(\bloss(?: is|[:=])? *nan\b|NaN loss|returned nan values in its \d+th output)"),
     ("nan", r"(gradients from `parameters` is non-finite)"),
     ("attribute", r"(?:type object |object )?'(\w+)'(?: object)? has no attribute '(\w+)'"),
     ("attribute", r"(\w+Scheduler) has no `?(\w+)`?"),
@@ -64,6 +65,9 @@ GRAMMAR: tuple[tuple[str, str], ...] = (
     ("targets", r"Target modules (\{[^}]*\}|\S+) not found in the base model"),
     ("memory", r"(CUDA out of memory|CUDA error: out of memory|can't allocate memory|OutOfMemoryError|MPS backend out of memory"
     r"|CUBLAS_STATUS_ALLOC_FAILED)"),
+    ("shared_memory", r"(killed by signal: Bus error|workers are out of shared memory|creating shared memory segment)"),
+    ("killed", r"(exitcode *: -9\b|\bSignal 9 \(SIGKILL\)|killed by signal: Killed)"),
+    ("pickle_key", r"invalid load key, '(\\?.[^']*)'"),
     ("launch_shape", r"(CUDA error: invalid configuration argument)"),
     ("operator", r"(?:No operator found for `?(\w+)|(Conv3D) is not supported on MPS|not implemented for '(\w+)')"),
     ("device", r"Tensor on device (\S+) is not on the expected device (\S+?)!"),
@@ -101,6 +105,9 @@ _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in GRAMMAR)
 _HEAD, _TAIL, _LINE = 500_000, 2_000_000, 2_000
 """Characters of a long log that are read from its start and its end, and of a line: the grammar's cost grows with a line's square."""
 
+_BARE = 4
+"""Lines of a text that is a message and nothing else."""
+
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PREFIX = re.compile(
     r"^\s*(?:\[(?:rank|default)?(?P<a>\d+)\]:? ?|(?:rank|RANK)[ :]?(?P<b>\d+)[:\]|] ?|(?P<c>\d{1,3}):(?= ) ?"
@@ -125,6 +132,9 @@ _SVD_NAME = re.compile(
 )
 _ERROR = re.compile(r"^\W*(?P<name>[\w.]*(?:Error|Exception|Interrupt|Timeout))\b(?P<rest>.*)")
 _CHAIN = re.compile(r"During handling of the above exception|was the direct cause of the following|^Original Traceback")
+_LEVEL = re.compile(r"\[E\d{4} |\b(?:ERROR|FATAL|CRITICAL|[Ee]rror|Exception|failed|FAILED|Root Cause)\b")
+_QUOTED = re.compile(r"\b(?:raise|assert|def|match=|PASSED)\b")
+"""Source code or a passing test that holds the words."""
 _LAUNCHER = ("ChildFailedError", "CalledProcessError", "ProcessRaisedException")
 
 
@@ -154,6 +164,8 @@ class Message:
     ranks: tuple[str, ...] = ()
     last: bool = False
     """Whether it is the error that the text ends with."""
+    raised: bool = True
+    """Whether the text around it is that of an error; a log or a changelog may hold the same words."""
 
     def numbers(self, *positions: int) -> list[int]:
         """The groups at these positions as whole numbers; 0 for a symbol such as s0."""
@@ -192,6 +204,7 @@ class Message:
 def parse(text: str) -> list[Message]:
     """Every error in `text` that has a known grammar, once each, in order; ranks that say the same are merged."""
     found: dict[tuple[str, tuple[str, ...]], Message] = {}
+    bare = sum(bool(line.strip()) for line in text.splitlines()) <= _BARE
     for rank, lines in _by_rank(text).items():
         ends = _end(lines)
         start = 0
@@ -201,7 +214,10 @@ def parse(text: str) -> list[Message]:
                 known = found.get(key, message)
                 best = known if len(known.frames) >= len(message.frames) else message
                 ranks = dict.fromkeys([*known.ranks, *([rank] if rank else [])])
-                found[key] = replace(best, ranks=tuple(ranks), last=known.last or start + number >= ends)
+                last = known.last or start + number >= ends
+                found[key] = replace(
+                    best, ranks=tuple(ranks), last=last, raised=best.raised or (bare and not _QUOTED.search(best.line))
+                )
             start += len(segment)
     return list(found.values())
 
@@ -264,6 +280,7 @@ def _messages(segment: list[str]) -> Iterator[tuple[int, Message]]:
     """The messages of one traceback with the numbers of their lines."""
     frames, code = _stack(segment)
     context = "\n".join(segment)
+    raised = bool(frames) or any(_ERROR.match(line) for line in segment)
     for number, line in enumerate(segment):
         if number in code:
             continue
@@ -277,7 +294,10 @@ def _messages(segment: list[str]) -> Iterator[tuple[int, Message]]:
                 seen.append(match.span())
                 groups = tuple(group or "" for group in match.groups())
                 beside = _names(joined, match.group())
-                yield number, Message(kind, groups, line.strip(), frames, beside, context)
+                told = (raised or bool(_LEVEL.search(line[: match.start()]))) and not _QUOTED.search(
+                    line[: match.start()]
+                )
+                yield number, Message(kind, groups, line.strip(), frames, beside, context, raised=told)
 
 
 def _names(line: str, message: str) -> tuple[str, ...]:

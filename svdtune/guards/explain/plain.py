@@ -37,10 +37,19 @@ _TEXTS: dict[str, tuple[str, str, Confidence, str, str, str]] = {
         "No file was found or none was accepted: a wrong folder, or endings that the search does not know.",
         "Check the folder (data.root); `svdtune data scan CONFIG` says what it finds there."),
     "stack_one": (
-        "DAT350", "clips of one batch differ in shape", "medium", "the loader joins the clips of a batch; the text gives none or one of "
-        "the shapes",
-        "A batch is stacked: all its clips need the same frames, height and width.",
-        "Sample a fixed number of frames by time, and crop to a fixed size after resizing (data.resize=cover)."),
+        "DAT350", "samples of one batch differ in shape", "medium", "the loader joins the samples of a batch; the text gives none or one "
+        "of the shapes",
+        "A batch is stacked: all its samples need the same shape, clips the same frames, height, width and channels.",
+        "Print the shape of each sample. For clips: a fixed number of frames by time, a fixed size (data.resize=cover), RGB."),
+    "shared_memory": (
+        "ENV012", "shared memory is full", "high", "the text names it",
+        "Loader workers and NCCL hand tensors over in /dev/shm; Docker gives 64 MB.",
+        "Start the container with --shm-size=16g (or --ipc=host), or lower data.workers (0 needs none)."),
+    "killed": (
+        "MEM750", "a process was killed from outside", "medium", "SIGKILL comes from the kernel or an operator; the text does not say why",
+        "Mostly the kernel's answer to full main memory: each process loads the model, each loader worker holds clips.",
+        "`dmesg | grep -i oom` says whether memory was the reason; fewer processes or data.workers, more memory, or a higher limit of the "
+        "container."),
     "decode": (
         "DAT352", "a video file cannot be decoded", "medium", "the decoder's own words; damaged, missing and unsupported files give the "
         "same ones",

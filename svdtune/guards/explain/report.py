@@ -21,6 +21,7 @@ CAUSES: dict[str, Callable[[Message, Numbers], list[Explanation]]] = {
 """Kind of message to the function that reasons about it."""
 _SHOWN = 3
 _GENERIC = "SHP410"
+_COLLECTIVE = re.compile(r"nccl|gloo|Dist\w*Error|[Tt]imed out|[Ww]atchdog|closed by|collective|SIGABRT", re.IGNORECASE)
 
 
 def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
@@ -36,6 +37,8 @@ def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
                 one = replace(
                     one, confidence="medium", reason=f"{one.reason}; but it is not the error that the text ends with"
                 )
+            if not message.raised and one.confidence != "low":
+                one = replace(one, confidence="low", reason=f"{one.reason}; but no line of the text is an error's")
             key = (one.code, one.why, one.fix)
             if key not in found or RANK[one.confidence] < RANK[found[key][1].confidence]:
                 found[key] = (message.last, _with_ranks(one, message))
@@ -44,7 +47,7 @@ def explain(text: str, facts: Numbers | None = None) -> list[Explanation]:
     if ends_with == {_GENERIC}:
         return ordered
     # A mismatch that fits no pattern is not worth saying beside something better.
-    specific = [one for one in ordered if one.code != _GENERIC]
+    specific = [_with_culprit(one, text) for one in ordered if one.code != _GENERIC]
     if any(one.code == "CKP254" for one in specific):
         # The reader's complaint about the header is only the first half of a chained error.
         specific = [one for one in specific if one.code != "CKP252"]
@@ -85,6 +88,17 @@ def nearest_rules(code: str) -> str:
         return ""
     near = get_close_matches(code.upper(), sorted(RULES), n=3, cutoff=0.5)
     return " or ".join(f"{code} ({RULES[code].title})" for code in near)
+
+
+def _with_culprit(one: Explanation, text: str) -> Explanation:
+    """A rank that waited says nothing of the cause; another error in the text does."""
+    if one.code != "DST803":
+        return one
+    others = [line for line in last_errors(text) if not _COLLECTIVE.search(line)]
+    if not others:
+        return one
+    return replace(one, evidence=f"{one.evidence} Another rank's own error: {others[0][:200]}",
+                   fix=f"Mend that error first. {one.fix}")  # fmt: skip
 
 
 def _with_ranks(one: Explanation, message: Message) -> Explanation:

@@ -20,6 +20,7 @@ _ADAPTERS = re.compile(r"lora|adapter|attn_procs")
 _DTYPES = {"half": "float16", "bfloat16": "bfloat16", "float": "float32", "double": "float64"}
 _GRID = 65535
 _TIB = 2**40
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def dtypes(message: Message, numbers: Numbers) -> list[Explanation]:
@@ -61,11 +62,12 @@ def _dtype(name: str) -> str:
 def nan(message: Message, numbers: Numbers) -> list[Explanation]:
     """Something found values that are not finite."""
     latents = bool(re.search(r"\blatents\b", message.line))
+    loss = bool(re.search(r"\bloss\b|returned nan", message.line, re.IGNORECASE))
     return [
         Explanation(
             code="NUM651",
             title="the VAE gave values that are not finite" if latents else "values are not finite",
-            confidence="medium" if latents else "low",
+            confidence="medium" if latents or loss else "low",
             reason="the text names latents" if latents else "the text does not say where they arose",
             evidence=message.line[:160],
             why="float16 ends at 65504, and activations of the VAE pass it; a learning rate that is too high does the same to weights.",
@@ -196,11 +198,12 @@ def memory(message: Message, numbers: Numbers) -> list[Explanation]:
     around = f"{message.line} {message.context}"
     asked = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", around)
     free = re.search(r"([\d.]+ [GM]i?B) (?:is )?free", around)
-    if asked and asked[2] == "bytes" and float(asked[1]) > _TIB:
+    wanted = float(asked[1]) * _UNITS.get(asked[2], 0) if asked else 0.0
+    if wanted > _TIB:
         return [
             Explanation(
                 code="SHP410",
-                title=f"a tensor of {float(asked[1]) / _TIB:,.0f} TiB was asked for: its shape is wrong",
+                title=f"a tensor of {wanted / _TIB:,.1f} TiB was asked for: its shape is wrong",
                 confidence="medium",
                 reason="no model of this kind has such a tensor",
                 evidence=message.line[:200],
@@ -208,6 +211,10 @@ def memory(message: Message, numbers: Numbers) -> list[Explanation]:
                 fix="Print the shapes before the failing line.",
             )
         ]
+    if re.search(r"CPUAllocator|can't allocate memory|Cannot allocate memory", around):
+        return [_main_memory(message)]
+    if others := _other_processes(around):
+        return [others]
     decoding = message.ran(r"decode|autoencoder")
     details = [message.groups[0], f"asked for {asked[1]} {asked[2]}" if asked else "", f"{free[1]} free" if free else "",
                "while decoding" if decoding else ""]  # fmt: skip
@@ -225,6 +232,28 @@ def memory(message: Message, numbers: Numbers) -> list[Explanation]:
             "`svdtune preflight CONFIG` says what a step needs.",
         )
     ]
+
+
+def _main_memory(message: Message) -> Explanation:
+    return Explanation(
+        "MEM750", "the machine's main memory is full", "high", "the allocator of the CPU says it", message.line[:200],
+        "Not the GPU's: each process loads the model, and each loader worker holds clips.",
+        "Fewer processes, a smaller data.workers, more memory, or a higher limit of the container.",
+    )  # fmt: skip
+
+
+def _other_processes(text: str) -> Explanation | None:
+    """The GPU is full of somebody else's tensors: the text counts them."""
+    held = {pid: float(size) for pid, size in re.findall(r"[Pp]rocess (\d+) has ([\d.]+) GiB memory in use", text)}
+    total = re.search(r"total capacity of ([\d.]+) GiB", text)
+    if not total or sum(held.values()) < float(total[1]) / 2:
+        return None
+    listed = commas([f"process {pid} holds {size:g} GiB" for pid, size in held.items()])
+    return Explanation(
+        "MEM701", "the GPU is full of another process's memory", "high", "the text counts it", f"{listed} of {total[1]} GiB.",
+        "A run that was not stopped, a notebook, or another user's job keeps its memory until it ends.",
+        "`nvidia-smi` lists the processes: end those that are yours, or take another GPU (CUDA_VISIBLE_DEVICES).",
+    )  # fmt: skip
 
 
 def launch_shape(message: Message, numbers: Numbers) -> list[Explanation]:
@@ -291,6 +320,9 @@ def device(message: Message, numbers: Numbers) -> list[Explanation]:
     elif "meta" in (a, b):
         why = "Meta tensors have shapes and no numbers: a part was built under torch.device('meta') and never filled."
         fix = "Load the weights (or to_empty) before the call, and give inputs on the same device."
+    elif re.search(r"/torch/optim/", message.context):
+        why = "It failed inside the optimizer: its state was loaded on the CPU, or the network was moved after the optimizer was made."
+        fix = "Move the network first, then make the optimizer, then load its state (load_state_dict puts it beside the parameters)."
     return [_two_devices(a, b, why, fix)]
 
 

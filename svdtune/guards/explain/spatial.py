@@ -173,6 +173,8 @@ def broadcast(message: Message, numbers: Numbers) -> list[Explanation]:
     a, b, axis, ndim = _pair(message)
     large, small = max(a, b), min(a, b)
     text = f"sizes {a} and {b}" + (f" on axis {axis}" if axis is not None else "")
+    if axis and (axes := _appended(message)):
+        return [_one_per_clip(text, axis, axes)]
     if re.search(r"/torch/optim/", message.context):
         return [_optimizer(text)]
     if large - small == 1 and (axis is None or axis >= 2) and small > 8:
@@ -195,6 +197,25 @@ def broadcast(message: Message, numbers: Numbers) -> list[Explanation]:
     ):
         return [_pictures(text, large, small, numbers)]
     return [generic(f"an elementwise operation on {text}", message)]
+
+
+def _appended(message: Message) -> int:
+    """How many axes of size 1 the failing line puts behind a vector: `sigma[:, None, None]`, `.view(-1, 1, 1)`; 0 for none."""
+    code = message.frames[-1].code if message.frames else ""
+    tails = re.findall(r"\[:((?:, ?None)+)\]|(?:view|reshape)\((?:-1|\w+)((?:, ?1)+)\)", code)
+    return max((len("".join(tail).split(",")) - 1 for tail in tails), default=0)
+
+
+def _one_per_clip(text: str, axis: int, appended: int) -> Explanation:
+    rank = axis + 1 + appended
+    return Explanation(
+        "SHP414", "one number for each clip meets another axis than the clips'", "medium", "the line gives the vector its axes, and "
+        "broadcasting counts them from the end",
+        f"{text}; with {appended} axes behind it the vector's own lies on axis {axis} of a tensor of {rank}.",
+        "Where both sizes happen to be equal it would run, and give every clip the numbers of others: latents of clips have a frame axis "
+        "that those of pictures do not have.",
+        f"Put {rank - 1} axes of size 1 behind it, not {appended}: sigma[:{', None' * (rank - 1)}].",
+    )  # fmt: skip
 
 
 def _pair(message: Message) -> tuple[int, int, int | None, int | None]:
@@ -404,6 +425,15 @@ def _timestep(text: str, have: Sequence[int], rows: int) -> Explanation:
     )
 
 
+def _no_tokens(text: str) -> Explanation:
+    return Explanation(
+        "SHP415", "encoder_hidden_states has no token axis", "high", "the stack is inside an image UNet's cross-attention", text,
+        "The attention takes (batch, tokens, width): a text encoder gives a vector for each of its tokens, and its pooled one is none of "
+        "them.",
+        "Give last_hidden_state of the text encoder, not its pooled output.",
+    )  # fmt: skip
+
+
 def unpack(message: Message, numbers: Numbers) -> list[Explanation]:
     """Causes of `not enough values to unpack`: an axis too many or too few, where a shape is unpacked."""
     few, want = message.groups[0] == "not enough", int(message.groups[1])
@@ -411,6 +441,8 @@ def unpack(message: Message, numbers: Numbers) -> list[Explanation]:
     text = f"a shape of {got if got is not None else 'more'} axes is taken apart into {want}."
     inside = "attn2" in message.words
     if few and want == 3 and got == 2 and (inside or message.site != "other"):
+        if message.ran(r"unet_2d_condition|unet_2d_blocks"):
+            return [_no_tokens(text)]
         token = f".unsqueeze(1): (batch, 1, {numbers.context})." if numbers.own else ".unsqueeze(1): (batch, 1, width)."
         return [
             Explanation(
