@@ -134,7 +134,7 @@ def _one_axis(got: tuple[int, ...], expected: tuple[int, ...], i: int, spec: Ten
         return f"Its {wanted} columns are {', '.join(spec.columns)}."
     if i == 0 and came == axes["b"] * axes["t"]:
         return "It has one row per frame; one row per clip is wanted: [::t] would match if each was repeated."
-    if came == 2 * wanted:
+    if came == 2 * wanted and came not in axes.values():
         return f"Axis {i} is twice as long, as for guidance or after a repeat: .chunk(2, dim={i})[0] would match."
     if spec.axes.split()[i].startswith("2*") and 2 * came == wanted:
         return f"Half of axis {i} is missing: the other half is joined by torch.cat([...], dim={i})."

@@ -61,7 +61,7 @@ def find_videos(root: Path | str) -> list[Path]:
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 found.append(path)
             else:
-                others[path.suffix.lower() or "no suffix"] += 1
+                others["links that lead nowhere" if not path.exists() else path.suffix.lower() or "no suffix"] += 1
     if not found:
         held = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "no files"
         raise DataError(
@@ -188,4 +188,6 @@ def _require_folder(root: Path) -> None:
     siblings = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     nearest = difflib.get_close_matches(root.name, siblings, n=1, cutoff=0.75)
     hint = f" Did you mean {parent / nearest[0]}?" if nearest else ""
+    if "$" in str(root):
+        hint = " Variables of the shell are not expanded in YAML: write ~, or ${oc.env:HOME}."
     raise DataError(f"data.root: no such folder: {root} (looked in {root.absolute()}).{hint}")

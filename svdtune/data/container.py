@@ -74,7 +74,7 @@ def picture_stream(container: InputContainer, path: Path) -> VideoStream:
 def damage(error: Exception) -> str:
     """FFmpeg's error in a sentence."""
     text = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    return f"cannot be decoded ({text}): cut or damaged; copy it again, or repair it with ffmpeg"
+    return f"cannot be decoded ({text}): cut or damaged; copy it again, or re-encode what is left of it with ffmpeg"
 
 
 def _not_a_video(head: bytes, error: Exception) -> str:

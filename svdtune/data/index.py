@@ -174,7 +174,9 @@ def _demux(container: InputContainer, stream: VideoStream, path: Path) -> _Packe
 
 def _checked_pts(packet: Packet, last_dts: int | None, path: Path) -> int:
     if packet.is_corrupt:
-        raise DataError(f"{path}: cut or damaged: the data of a frame is incomplete; copy it again")
+        raise DataError(
+            f"{path}: cut, damaged or joined from pieces: the data of a frame is incomplete; copy it again, or re-encode it with ffmpeg"
+        )
     if packet.pts is None:
         raise DataError(f"{path}: its frames carry no times; re-encode it with `ffmpeg -i IN -c:v libx264 OUT.mp4`")
     if last_dts is not None and packet.dts is not None and packet.dts < last_dts:
@@ -217,7 +219,9 @@ def _first_frame(container: InputContainer, stream: VideoStream, path: Path) -> 
     try:
         return next(container.decode(stream))
     except StopIteration:
-        raise DataError(f"{path}: has 0 frames that can be decoded; copy it again") from None
+        raise DataError(
+            f"{path}: has 0 frames that can be decoded: damaged, or cut without re-encoding behind its only key picture"
+        ) from None
     except av.FFmpegError as error:
         raise DataError(f"{path}: {damage(error)}") from error
 

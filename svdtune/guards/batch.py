@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
+
+import torch
 
 from svdtune.config.schema import Config
 from svdtune.contracts import Draws, Mismatch, ModelFacts, VideoBatch, check
@@ -14,6 +17,8 @@ from svdtune.guards.place import place_of
 
 _BYTES = 2**28
 """Two clips are read where they fit into this, one where they do not: a laptop must stay under a GiB."""
+_STILL = 0.25
+"""A share of pictures from which on standing still is no accident."""
 _EDGE = 1e-3
 """Rounding of the resize beyond [-1, 1]."""
 
@@ -51,6 +56,7 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
                         "Mend the line that is named.")]  # fmt: skip
     return [
         *_values(batch),
+        *_still(batch),
         *(_record("SHP407", mismatch) for mismatch in check(draws, axes)),
         *_finite(draws),
         *_same(draws),
@@ -75,6 +81,25 @@ def _values(batch: VideoBatch) -> list[Finding]:
             "Scale bytes by pixels / 127.5 - 1 (svdtune/data/transform.py does).",
         )
     ]  # fmt: skip
+
+
+def _still(batch: VideoBatch) -> list[Finding]:
+    """DAT314: pictures that follow on themselves in a clip as it is sampled."""
+    found = []
+    for name, clip in zip(batch.names, batch.pixels, strict=True):
+        pairs = len(clip) - 1
+        same = sum(torch.equal(one, next_one) for one, next_one in pairwise(clip))
+        if same < max(2, _STILL * pairs):
+            continue
+        every = same == pairs
+        got = f"{same} of the {pairs} pictures that follow another in a clip of it are that one again"
+        found.append(Finding(
+            "DAT314", "warning", name, got, "a new picture for each frame",
+            "A clip in which nothing moves teaches the model to give still videos." if every
+            else "The file holds fewer pictures than its frame rate says (a converted GIF, animation, a recording with pauses): the model "
+            "would learn to stand still and jump.",
+            "Leave such files out." if every else "Sample slower (data.fps), or leave such files out."))  # fmt: skip
+    return found
 
 
 def _same(draws: Draws) -> list[Finding]:

@@ -83,6 +83,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
     Rule("ENV015", "more threads than cores",
          "torch's threads wait for each other in every operator; too many of them make a step many times slower.",
          "Set run.threads=null: the cores of the machine, divided by its processes."),
+    Rule("ENV016", "an accelerate config asks for another engine",
+         "DeepSpeed, FSDP and Megatron shard or wrap the network in ways that svdtune's checkpoints and export do not know.",
+         "Unset the variable, or take the engine out of the accelerate config."),
     Rule("ENV050", "a kernel's grid is too large",
          "Temporal attention has one row for every latent position. xformers puts rows x heads on a grid axis that ends at 65,535 and "
          "CUDA answers \"invalid configuration argument\".",
@@ -304,6 +307,10 @@ _DATA: tuple[Rule, ...] = (
     Rule("DAT313", "clips behind a linked folder",
          "Linked folders are not followed, so that a link to a parent cannot make the search endless.",
          "Move the clips, or point data.root at the folder that is linked to."),
+    Rule("DAT314", "clips that stand still",
+         "A picture that is shown several times in a row teaches the model to stand still and then jump. Converted GIFs, animation and "
+         "recordings with a made-up frame rate are such files.",
+         "Sample slower (data.fps), or take files that hold as many pictures as their frame rate says."),
     Rule("DAT350", "clips of one batch differ in shape",
          "A batch is stacked: all its clips need the same frames, height and width.",
          "Sample a fixed number of frames by time, and crop to a fixed size."),

@@ -38,7 +38,7 @@ def check_environment(config: Config | None, *, for_a_card: bool = False) -> lis
 
     `for_a_card`: the run is for a GPU that this machine need not have, so what needs one is not refused where there is none.
     """
-    found = [*check_versions(), *_driver(), *_decoder(config)]
+    found = [*check_versions(), *_driver(), *_decoder(config), *_engine()]
     if config is None:
         return found
     if not for_a_card or _cuda():
@@ -177,6 +177,19 @@ def _decoder(config: Config | None) -> list[Finding]:
                              "decord exists for x86-64 Linux only; PyAV reads every file that it reads.",
                              "Set data.decoder=auto.", ("data.decoder=auto",)))  # fmt: skip
     return found
+
+
+def _engine() -> list[Finding]:
+    """ENV016: an accelerate config, or a variable it left behind, asks for another engine."""
+    from svdtune.launch import foreign_engine
+
+    name = foreign_engine()
+    if name is None:
+        return []
+    return [Finding("ENV016", "error", name, f"{name}={os.environ[name]}", "not set: svdtune trains with one process or DDP",
+                    "The engine would shard or wrap the network in ways that svdtune's checkpoints and export do not know.",
+                    f"Run `unset {name}`, or take it out of the accelerate config (configs/accelerate/multi_gpu.yaml is one that "
+                    "works).")]  # fmt: skip
 
 
 def _attention(config: Config) -> list[Finding]:

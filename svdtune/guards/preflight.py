@@ -148,7 +148,7 @@ class Pass:
             denied = any(f.code in ("CKP211", "CKP215") and "image_encoder" in f.where for f in self.findings)
             return [replace(finding, patch=()) for finding in found] if denied else found
         self.rehearsal = self._rehearsed(config)
-        known = {finding.code for finding in self.findings} & {"CFG108", "CKP201"}
+        known = {f.code for f in self.findings if f.severity == "error"} & {"CFG108", "CKP201"}
         return [*found, *(finding for finding in self.rehearsal.findings if finding.code not in known)]
 
     def _rehearsed(self, config: Config) -> Any:

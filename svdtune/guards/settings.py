@@ -360,7 +360,7 @@ def _run_among_clips(config: Config) -> list[Finding]:
         Finding(
             "CFG118", "warning", "run.dir", str(config.run.dir), f"a folder outside data.root = {config.data.root}",
             "data.root is searched with all its folders: when the run goes on, its own sample videos would be taken for clips.",
-            "Set run.dir=runs, or another folder beside the clips.",
+            f"Set run.dir to a folder that is not below {root}, or data.root to the folder that holds only the clips.",
         )
     ]  # fmt: skip
 

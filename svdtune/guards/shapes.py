@@ -244,9 +244,11 @@ def _of_method(config: Config, built: Built) -> list[Finding]:
     return [_wrong_set((strange or missing)[0], " and ".join(told), f"what adapt.method={method} names")]
 
 
-def _wrong_set(where: str, got: str, expected: str) -> Finding:
+_OF_METHOD = "Mend svdtune/model/adapt.py: the method and the parameters that it trains disagree."
+
+
+def _wrong_set(where: str, got: str, expected: str, fix: str = _OF_METHOD) -> Finding:
     why = "The run would train another part of the model than asked for, or nothing at all."
-    fix = "Mend svdtune/model/adapt.py: the method and the parameters that it trains disagree."
     return Finding("SHP408", "error", where, got, f"only and all of {expected}", why, fix)
 
 
@@ -261,11 +263,16 @@ def _learning(config: Config, built: Built) -> list[Finding]:
     except Exception as error:  # whatever it raises here it would raise when training begins
         why = "Optimizer and learning rate schedule are made as training makes them."
         return [Finding("SHP401", "error", place_of(error), plain(error), "an optimizer and its schedule", why)]
-    held = [parameter for group in learning.optimizer.param_groups for parameter in group["params"]]
-    if [id(parameter) for parameter in held] == [id(parameter) for parameter in built.trained.values()]:
+    held = [id(parameter) for group in learning.optimizer.param_groups for parameter in group["params"]]
+    own, fix = [id(parameter) for parameter in built.trained.values()], "Mend svdtune/trainer/optimizer.py."
+    if held != own:
+        got = f"the optimizer holds {len(held)} parameters, of which {len(set(held) & set(own))} are among the {len(own)} trained ones"
+        return [_wrong_set("train.optimizer", got, "the trained parameters, in their order", fix)]
+    averaged = len(learning.ema.shadow_params) if learning.ema else len(own)
+    if averaged == len(own):
         return []
-    got = f"the optimizer holds {len(held)} parameters, {len(built.trained)} are trained"
-    return [_wrong_set("train.optimizer", got, "the trained parameters, in their order")]
+    got = f"{averaged} parameters are averaged, {len(own)} are trained"
+    return [_wrong_set("train.ema", got, "the trained parameters, in their order", fix)]
 
 
 def _trained_set(built: Built) -> list[Finding]:

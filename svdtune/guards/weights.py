@@ -58,6 +58,12 @@ def check_weights(config: Config) -> list[Finding]:
     )
     fix = f"Did you mean {near[0]}?" if near else ""
     got = f"the weights of {model.pretrained} are not on this machine yet"
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set: nothing is downloaded, so training would stop at once."
+        fix = fix or "Unset HF_HUB_OFFLINE, or give a local folder."
+        return [Finding("CKP203", "error", "model.pretrained", got, "weights on this machine", why, fix)]
     return [Finding("CKP203", "warning", "model.pretrained", got, why=why, fix=fix)]
 
 

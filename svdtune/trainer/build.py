@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from svdtune.config.schema import Config
 from svdtune.diffusion.conditioning import ClipPixels
 from svdtune.errors import ConfigError, UsageError
-from svdtune.launch import check_world, local_processes
+from svdtune.launch import check_world, foreign_engine, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model, weights_hash
 from svdtune.model.widen import require_learning
@@ -61,6 +62,12 @@ class Session:
         return train.batch_size * train.accumulation * self.accelerator.num_processes
 
 
+_ENGINES_OUT = (
+    "svdtune trains with one process or DDP. Take FSDP, DeepSpeed or Megatron out of the accelerate config: "
+    "configs/accelerate/multi_gpu.yaml is one that works."
+)
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """The process group, checked against what the launcher promised.
 
@@ -69,18 +76,19 @@ def make_accelerator(config: Config) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs an NVIDIA GPU and none is visible. Use bf16 or no.")
+    if engine := foreign_engine():
+        raise UsageError(f"{engine} is set: {_ENGINES_OUT}")
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     accelerator = Accelerator(
         kwargs_handlers=[patience],
+        # Without it a variable of the environment would divide the loss a second time.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         cpu=on_cpu, mixed_precision=config.train.precision, log_with=list(config.tracking.backends) or None,
         project_dir=str(Path(config.run.dir) / config.run.name),
     )  # fmt: skip
     check_world(accelerator.num_processes)
     if accelerator.distributed_type not in PARALLEL:
-        raise UsageError(
-            f"the launcher asks for {accelerator.distributed_type.value}, svdtune trains with one process or DDP. Take FSDP, "
-            "DeepSpeed or Megatron out of the accelerate config: configs/accelerate/multi_gpu.yaml is one that works."
-        )
+        raise UsageError(f"the launcher asks for {accelerator.distributed_type.value}: {_ENGINES_OUT}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Kernels round differently with another thread count, so it is set here and not left to the launcher.
     torch.set_num_threads(config.run.threads or max(1, cores // local_processes()))

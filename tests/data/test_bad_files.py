@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from svdtune.data.demo import write_demo
 from svdtune.data.index import Orientation, index_video
 from svdtune.data.readers import open_reader
 from svdtune.errors import DataError
@@ -201,3 +202,11 @@ def test_bt709_is_converted_with_its_own_matrix_and_kept_from_decord(video: Vide
 def test_hidden_vp8_frames_are_not_counted(video: Video) -> None:
     path = video("a.webm", codec="libvpx", frames=60, options={"auto-alt-ref": "1", "lag-in-frames": "16"})
     assert read(path, list(range(60)), "pyav").shape[0] == len(index_video(path)) == 60
+
+
+def test_pictures_too_narrow_for_decord_are_read_by_pyav(tmp_path: Path) -> None:
+    write_demo(tmp_path, clips=1, num_frames=6, fps=8, height=64, width=48)
+    index = index_video(next(tmp_path.glob("*.mp4")))
+    assert open_reader(index).read([0, 5]).shape == (2, 64, 48, 3)
+    with pytest.raises(DataError, match="48 pixels wide"):
+        open_reader(index, "decord")

@@ -66,6 +66,14 @@ def test_no_videos_in_it_says_what_is(tmp_path: Path) -> None:
     )
 
 
+def test_links_that_lead_nowhere_and_variables_of_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "gone.mp4")
+    with pytest.raises(DataError, match="hold 1 links that lead nowhere;"):
+        find_videos(tmp_path)
+    with pytest.raises(DataError, match=r"not expanded in YAML: write ~, or \$\{oc\.env:HOME\}"):
+        find_videos("$HOME/clips")
+
+
 def test_finds_recursively_sorted_without_hidden(tmp_path: Path) -> None:
     for name in ("b.mp4", "a/z.MKV", "a/.git/x.mp4", ".cache/y.mp4", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,24 @@ def test_a_loader_that_gives_something_else(tiny, monkeypatch, change, where, go
 
 
 @pytest.mark.parametrize(
+    ("pictures", "same", "why"),
+    [([0, 1, 2, 3, 4, 5, 6, 6], 0, ""), ([0, 0, 1, 1, 2, 3, 4, 5], 2, "fewer pictures"), ([0] * 8, 7, "nothing moves")],
+)
+def test_pictures_that_are_shown_again(tiny, monkeypatch, pictures, same, why):
+    def held(answer):
+        batch = _video_batch(answer)
+        return replace(batch, pixels=batch.pixels[:, pictures])
+
+    monkeypatch.setattr(loader, "_video_batch", held)
+    found = check_clips(tiny())
+    if not same:
+        assert found == []
+        return
+    assert (found[0].code, found[0].severity, why in found[0].why) == ("DAT314", "warning", True)
+    assert found[0].got.startswith(f"{same} of the 7 pictures")
+
+
+@pytest.mark.parametrize(
     ("name", "change", "got"),
     [
         ("sigma", lambda x: x.expand(8), "(1, 8)"),

@@ -241,6 +241,15 @@ def test_a_run_for_a_rented_card_is_not_refused_for_what_this_machine_lacks(monk
     assert "ENV008" in [f.code for f in check_environment(made, for_a_card=True)]
 
 
+@pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_an_engine_that_an_accelerate_config_left_behind(monkeypatch, engine):
+    monkeypatch.setenv(engine, "false")
+    assert check_environment(None) == []
+    monkeypatch.setenv(engine, "true")
+    [found] = check_environment(None)
+    assert (found.code, found.severity, found.where, found.got) == ("ENV016", "error", engine, f"{engine}=true")
+
+
 def test_more_threads_than_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     assert check_environment(config("run.threads=2")) == []

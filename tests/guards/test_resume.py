@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from svdtune.errors import CheckpointError
 from svdtune.guards.preflight import Options, run_preflight
+from svdtune.model.facts import TINY
 from svdtune.trainer.run import train
 
 QUICK = (
@@ -77,3 +80,14 @@ def test_another_base_is_told_and_refused(trained):
     assert found.expected.startswith("0000000000000000…, which ")
     with pytest.raises(CheckpointError, match="Trained weights act only on their own base"):
         train(config, config_text="")
+
+
+def test_another_base_at_another_path_is_an_error_and_not_only_a_doubt(trained, tmp_path):
+    moved = tmp_path / "base"
+    shutil.copytree(TINY, moved)
+    [doubt] = run_preflight(trained(f"model.pretrained={moved}")).findings
+    assert (doubt.code, doubt.severity) == ("CFG108", "warning")
+    [path] = (moved / "unet").glob("*.safetensors")
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    found = run_preflight(trained(f"model.pretrained={moved}")).findings
+    assert ("CFG108", "error", "model.pretrained") in [(f.code, f.severity, f.where) for f in found]

@@ -148,6 +148,9 @@ def test_a_hub_id_that_is_not_here(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = only("someone/svd")
     assert (found.code, found.severity) == ("CKP203", "warning")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    offline = only("someone/svd")
+    assert (offline.severity, offline.fix) == ("error", "Unset HF_HUB_OFFLINE, or give a local folder.")
 
 
 def test_a_cached_hub_id_is_checked(folder, monkeypatch, tmp_path):

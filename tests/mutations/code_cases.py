@@ -326,6 +326,8 @@ LEARNING = [
           ("    return trained", "    return {n: torch.nn.Parameter(p.detach().clone()) for n, p in trained.items()}"), topic=SETS),
     _code("half of the parameters in the optimizer", "silent", "J16", "optimizer.make_learning",
           ("make_optimizer(config, trained.values(), device)", "make_optimizer(config, list(trained.values())[::2], device)"), topic=SETS),
+    _code("an average over nothing", "silent", "own", "optimizer.make_ema", ("EMAModel(parameters,", "EMAModel(iter(()),"),
+          overrides=("train.ema=true",), topic=SETS),
     _code("names in the optimizer", "shape", "J18", "optimizer.make_learning",
           ("make_optimizer(config, trained.values(), device)", "make_optimizer(config, trained.keys(), device)"), topic=SETS),
     _code("a schedule that does not exist", "shape", "own", "optimizer.make_schedule",

@@ -12,6 +12,12 @@ import pytest
 from tests.mutations.sandbox import Sandbox, link_tree
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that may ask the hub: a base that is not here yet is no error there. Preflight itself asks nobody."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture(scope="session")
 def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six slow H.264 clips: 100 frames at 24 fps, long enough for 25 frames at 7 fps."""
