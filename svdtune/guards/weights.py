@@ -226,6 +226,7 @@ def _without_weights(folder: Path, weights: WeightFiles, expected: str) -> Findi
         *(f"{variant} weights" for variant in weights.variants),
         *(["plain weights"] if weights.plain else []),
         *weights.others,
+        *(f"{path.name}, a link that leads nowhere" for path in sorted(folder.iterdir()) if not path.exists()),
     ]
     pickles = any(name.endswith(PICKLES) for name in weights.others)
     if weights.variants or weights.plain:
@@ -247,6 +248,8 @@ def _no_parts(folder: Path) -> Finding:
     got = f"no {'/, '.join(FILES)}/ in it"
     if (folder / "config.json").is_file():
         got += "; it is the folder of one part (it holds a config.json)"
+    if (folder / "snapshots").is_dir():
+        got += "; it is a model's folder in the hub's cache: its states are in snapshots/COMMIT"
     if files:
         got += f"; it holds {', '.join(files[:3])}"
         try:

@@ -202,3 +202,15 @@ def test_the_verb(folder):
     done = CliRunner().invoke(app, ["inspect", str(folder), "--against", "tiny"])
     assert done.exit_code == 3
     assert "differs from tiny: unet" in done.output
+
+
+def test_a_wrapped_shard_of_a_unet_is_told_from_its_names(folder, tmp_path):
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    half = {f"module.{name}": tensors[name] for name in sorted(tensors) if not name.startswith("conv_out")}
+    path = tmp_path / "unet-00002-of-00003.safetensors"
+    save_file(half, path)
+    [part] = inspect_path(path).parts
+    told = " ".join(part.notes)
+    assert "By its name it is shard 2 of 3" in told
+    assert "Every name begins with 'module.'" in told
+    assert "so it is not whole" in told

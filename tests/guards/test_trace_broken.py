@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from svdtune.guards.trace import trace
+from tests.modules import Made
 
 
 class Digits(nn.Module):
@@ -23,19 +24,6 @@ class Digits(nn.Module):
         x = self.conv2(self.conv1(x))
         x = x.view(x.size(0), -1)
         return self.out(x), x
-
-
-class Strange(nn.Module):
-    """One module, with its forward given."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
 
 
 class WrongGradient(torch.autograd.Function):
@@ -167,10 +155,10 @@ CASES = {
     "no batch axis": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 10 * 13, 2)), (3, 12, 15), "2",
                       {"add the batch axis to the input: x.unsqueeze(0)": 0}),
     "layer norm": (nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(7)), (2, 3, 5), "1", {"give 1 normalized_shape=6 instead of 7": -2}),
-    "view": (Strange(viewed, a=nn.Conv1d(3, 4, 1), b=nn.Linear(36, 2)), (2, 3, 9), "Strange", None),
-    "cat": (Strange(joined, down=nn.Conv2d(3, 5, 3, 2, 1), up=nn.ConvTranspose2d(5, 5, 2, 2)), (2, 3, 9, 11), "Strange", None),
-    "add": (Strange(added, a=nn.Conv2d(3, 8, 1)), (2, 3, 9, 11), "Strange", None),
-    "functional glu": (Strange(gated, a=nn.Conv1d(2, 10, 1), b=nn.Conv1d(10, 3, 1)), (2, 2, 6), "b",
+    "view": (Made(viewed, a=nn.Conv1d(3, 4, 1), b=nn.Linear(36, 2)), (2, 3, 9), "Made", None),
+    "cat": (Made(joined, down=nn.Conv2d(3, 5, 3, 2, 1), up=nn.ConvTranspose2d(5, 5, 2, 2)), (2, 3, 9, 11), "Made", None),
+    "add": (Made(added, a=nn.Conv2d(3, 8, 1)), (2, 3, 9, 11), "Made", None),
+    "functional glu": (Made(gated, a=nn.Conv1d(2, 10, 1), b=nn.Conv1d(10, 3, 1)), (2, 2, 6), "b",
                        {"give b in_channels=5 instead of 10": -15}),
 }  # fmt: skip
 
@@ -194,22 +182,22 @@ def test_integers_for_an_embedding():
 
 
 def test_an_operation_in_a_forward_is_named_by_its_line():
-    found = trace(Strange(viewed, a=nn.Conv1d(3, 4, 1), b=nn.Linear(36, 2)), torch.randn(2, 3, 9))
+    found = trace(Made(viewed, a=nn.Conv1d(3, 4, 1), b=nn.Linear(36, 2)), torch.randn(2, 3, 9))
     assert "`return self.b(self.a(x).transpose(1, 2).view(x.shape[0], -1))`" in found.failure.why
     assert found.failure.source.startswith("test_trace_broken.py:")
-    assert next(iter(changes(found))).startswith("reshape instead of view in Strange (test_trace_broken.py:")
+    assert next(iter(changes(found))).startswith("reshape instead of view in Made (test_trace_broken.py:")
 
 
 def test_a_glu_is_named_as_the_cause():
     found = trace(nn.Sequential(nn.Conv1d(2, 12, 3), nn.GLU(1), nn.Conv1d(12, 3, 3)), torch.randn(2, 2, 20))
     assert "1 (GLU) turns (2, 12, 18) into (2, 6, 18). It halves the channels" in found.failure.why
-    found = trace(Strange(gated, a=nn.Conv1d(2, 10, 1), b=nn.Conv1d(10, 3, 1)), torch.randn(2, 2, 6))
-    assert "F.glu in Strange" in found.failure.why
+    found = trace(Made(gated, a=nn.Conv1d(2, 10, 1), b=nn.Conv1d(10, 3, 1)), torch.randn(2, 2, 6))
+    assert "F.glu in Made" in found.failure.why
     assert "(2, 10, 6) into (2, 5, 6)" in found.failure.why
 
 
 def test_a_swallowed_batch():
-    model = Strange(flattened, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(3 * 5 * 7, 4))
+    model = Made(flattened, conv=nn.Conv2d(2, 3, 3), head=nn.Linear(3 * 5 * 7, 4))
     found = trace(model, torch.randn(2, 2, 7, 9))
     assert "The batch was flattened too" in found.failure.why
     assert any(change.startswith("keep the batch axis: x.flatten(1) instead of flatten") for change in changes(found))
@@ -217,8 +205,8 @@ def test_a_swallowed_batch():
 
 
 def test_backward_in_place_names_the_line_and_a_remedy():
-    found = trace(Strange(inplace, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
-    assert (only(found).code, found.failure.stage, found.failure.module) == ("SHP451", "backward", "Strange")
+    found = trace(Made(inplace, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
+    assert (only(found).code, found.failure.stage, found.failure.module) == ("SHP451", "backward", "Made")
     assert "`y = torch.sigmoid(self.a(x))`" in found.failure.why
     assert any("`y += 1`" in change for change in changes(found))
 
@@ -231,20 +219,20 @@ def test_backward_of_an_inplace_layer():
 
 
 def test_backward_of_a_custom_function():
-    found = trace(Strange(custom, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
-    assert (only(found).code, found.failure.module) == ("SHP451", "Strange")
+    found = trace(Made(custom, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
+    assert (only(found).code, found.failure.module) == ("SHP451", "Made")
     assert "WrongGradient" in found.failure.message
     assert found.remedies == ()
 
 
 def test_a_detached_output():
-    found = trace(Strange(detached, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
+    found = trace(Made(detached, a=nn.Linear(5, 6), b=nn.Linear(6, 2)), torch.randn(3, 5))
     assert (only(found).code, only(found).severity) == ("SHP452", "error")
     assert "after detach nothing requires a gradient" in only(found).got
 
 
 def test_view_where_permute_was_meant():
-    model = Strange(swapped, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    model = Made(swapped, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
     found = trace(model, torch.randn(3, 5, 4))
     assert (only(found).code, only(found).severity) == ("SHP454", "error")
     assert "changing one of 3 samples changes the outputs of others" in only(found).got
@@ -253,20 +241,20 @@ def test_view_where_permute_was_meant():
 
 
 def test_softmax_over_the_batch():
-    found = trace(Strange(over_batch, a=nn.Linear(4, 3)), torch.randn(6, 4))
+    found = trace(Made(over_batch, a=nn.Linear(4, 3)), torch.randn(6, 4))
     assert (only(found).code, only(found).severity) == ("SHP454", "error")
     assert "softmax over the last axis (dim=-1)" in only(found).fix
 
 
 def test_a_view_that_makes_rows_of_channels():
-    found = trace(Strange(grown, head=nn.Linear(91, 3)), torch.randn(2, 3, 7, 13))
+    found = trace(Made(grown, head=nn.Linear(91, 3)), torch.randn(2, 3, 7, 13))
     assert only(found).code == "SHP454"
     assert "2 samples go in, the output (6, 3) has no row for each of them" in only(found).got
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_squeeze_that_eats_the_batch(rows):
-    found = trace(Strange(squeezed, head=nn.Linear(5, 1)), torch.randn(rows, 5))
+    found = trace(Made(squeezed, head=nn.Linear(5, 1)), torch.randn(rows, 5))
     assert only(found).code == "SHP455"
     assert only(found).fix == "squeeze(1) instead of squeeze() (verified with one sample)"
     assert "`return self.head(x).squeeze()`" in only(found).where
@@ -298,3 +286,9 @@ def test_a_loss_that_would_broadcast():
     assert only(found).code == "SHP453"
     assert "mse_loss runs on (7, 1) and (7,) all the same: both are broadcast to (7, 7)" in only(found).why
     assert changes(found) == {"on the output: x.squeeze(1)": 0}
+
+
+def test_a_forward_that_returns_nothing():
+    report = trace(Made(lambda self, x: self.head(x) and None, head=nn.Linear(4, 1)), torch.zeros(1, 4))
+    [found] = report.findings
+    assert (found.code, found.severity, found.got) == ("SHP452", "error", "forward returns NoneType")

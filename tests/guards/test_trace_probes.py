@@ -8,19 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from svdtune.guards.trace import trace
-
-
-class Made(nn.Module):
-    """Layers by name, and a forward."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
+from tests.modules import Made
 
 
 def line():

@@ -11,17 +11,7 @@ from torch.nn import functional as F
 
 from svdtune.guards.trace import trace
 from svdtune.guards.tracing.layers import rebuilt
-
-
-class Made(nn.Module):
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self._forward = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *inputs):
-        return self._forward(self, *inputs)
+from tests.modules import Made
 
 
 def chain(*layers):

@@ -222,3 +222,10 @@ def test_an_output_that_is_a_parameter():
             return self.learned
 
     assert trace(Prompt(), torch.zeros(2, 3)).findings == ()
+
+
+def test_a_compiled_part_takes_no_hooks():
+    module = nn.Sequential(nn.Linear(6, 5), torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.ReLU())))
+    report = trace(module, torch.zeros(3, 6))
+    assert report.findings == ()
+    assert report.failure is None

@@ -86,6 +86,14 @@ def test_names_that_can_be_no_model(name):
     assert only(name).code == "CKP201"
 
 
+def test_dead_links_and_the_root_of_a_hub_cache(folder, tmp_path):
+    (folder / UNET).unlink()
+    (folder / UNET).symlink_to(tmp_path / "blob")
+    assert only(folder).got == "there: diffusion_pytorch_model.safetensors, a link that leads nowhere"
+    (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
+    assert only(tmp_path / "models--a--b").got.endswith("its states are in snapshots/COMMIT")
+
+
 def test_a_variant_given_as_a_revision():
     found = only("stabilityai/stable-video-diffusion-img2vid-xt", "model.revision=fp16")
     assert (found.code, found.severity, found.where) == ("CKP222", "error", "model.revision")
