@@ -174,11 +174,13 @@ def test_small_files_for_a_large_frame(root):
     assert found.patch == ("data.height=64", "data.width=64")
 
 
-def test_files_that_decord_reads_wrongly(root):
-    assert check(root, "data.decoder=decord") == []
-    video(root, "turned.mp4", rotation=180)
-    assert check(root) == []
-    (found,) = check(root, "data.decoder=decord")
+def test_files_that_decord_reads_wrongly(tmp_path):
+    for number in range(3):
+        video(tmp_path, f"{number}.mp4", shade=number, width=96)
+    assert check(tmp_path, "data.decoder=decord") == []
+    video(tmp_path, "turned.mp4", rotation=180, width=96)
+    assert check(tmp_path) == []
+    (found,) = check(tmp_path, "data.decoder=decord")
     assert (found.code, found.patch) == ("DAT308", ("data.decoder=auto",))
     assert found.got == "the file is stored rotated or mirrored: 1 of 4 files: turned.mp4"
 
