@@ -197,7 +197,43 @@ FRESH_CODE = [
           topic=("SEM", "CFG", "SHP")),
 ]  # fmt: skip
 
-FRESH: list[Mutation] = [*FRESH_CONFIGURATION, *FRESH_CHECKPOINT, *FRESH_DATA, *FRESH_CODE]
+
+def _offline(box: Sandbox) -> None:
+    box.set("model.pretrained=stabilityai/stable-video-diffusion-img2vid")
+    box.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(box.work / "nothing"))
+    box.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def _engine(box: Sandbox) -> None:
+    box.monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+
+
+def _held(path: Path) -> None:
+    """24 frames per second that hold each picture ten times, as a converted GIF does."""
+    number = int(path.stem[-1])
+    _films(path, [_picture(number + tick // 10 * 10) for tick in range(96)], range(96))
+
+
+def _held_clips(box: Sandbox) -> None:
+    _written(_held)(box)
+    box.set("data.num_frames=8")
+
+
+def _dead_links(box: Sandbox) -> None:
+    for path in box.videos:
+        path.unlink()
+        path.symlink_to(box.work / "moved" / path.name)
+
+
+SECOND_ROUND = [
+    Mutation("an engine that an accelerate config left behind", "shape", ("ENV",), "own", _engine),
+    Mutation("a base on the hub, and the hub is offline", "file", ("CKP", "ENV"), "own", _offline),
+    Mutation("files that hold each picture ten times", "silent", DAT, "own", _held_clips, warning_is_enough=True),
+    Mutation("clips that are links to nowhere", "file", DAT, "own", _dead_links),
+]
+"""What a second round of 67 such mistakes brought that was missed, or told wrongly, and can be seen before values are looked at."""
+
+FRESH: list[Mutation] = [*FRESH_CONFIGURATION, *FRESH_CHECKPOINT, *FRESH_DATA, *FRESH_CODE, *SECOND_ROUND]
 
 
 def _two_shards(box: Sandbox) -> None:
@@ -252,7 +288,17 @@ def _sound(name: str, apply: Callable[[Sandbox], None]) -> Sound:
     return Sound(name, apply=apply)
 
 
+def _narrow(box: Sandbox) -> None:
+    """decord, which `auto` prefers, has no buffer of this width."""
+    from svdtune.data.demo import write_demo
+
+    for path in box.videos:
+        path.unlink()
+    write_demo(box.clips, clips=6, num_frames=100, fps=24, height=64, width=48, motion_bucket=12)
+
+
 FRESH_SOUND: list[Sound] = [
+    _sound("clips 48 pixels wide", _narrow),
     _sound("the UNet in two whole shards", _two_shards),
     _sound("CLIP with the position ids of old transformers", _position_ids),
     _sound("a UNet file in bf16", _bf16_file),
