@@ -64,6 +64,11 @@ def join_world(argv: Sequence[str]) -> None:
         _replace_by([sys.executable, "-m", "accelerate.commands.launch", *for_launcher, _ENTRY, *own])
 
 
+def cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def foreign_engine(environ: Mapping[str, str] = os.environ) -> str | None:
     """The variable of an accelerate config that asks for an engine which svdtune does not train with; None where none does."""
     return next((name for name in _ENGINES if environ.get(name, "").lower() in ("1", "true", "yes", "on")), None)

@@ -365,10 +365,11 @@ def _shared_memory(config: Config) -> list[Finding]:
 
 def _threads(config: Config) -> list[Finding]:
     """ENV015: more threads than cores wait for each other."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = config.run.threads or 0
-    if asked <= cores:
+    from svdtune.launch import cores
+
+    asked, most = config.run.threads or 0, cores()
+    if asked <= most:
         return []
-    return [Finding("ENV015", "warning", "run.threads", f"{asked:,}", f"at most {cores:,}, the cores of this machine",
+    return [Finding("ENV015", "warning", "run.threads", f"{asked:,}", f"at most {most:,}, the cores of this machine",
                     "torch's threads wait for each other in every operator: with more of them than cores a step can take many times "
                     "longer.", "Set run.threads=null.", ("run.threads=null",))]  # fmt: skip

@@ -87,12 +87,20 @@ class Pass:
         """Of all stages, in their order."""
         return [finding for stage in self.found.values() for finding in stage]
 
+    @property
+    def ignore(self) -> Sequence[str]:
+        """Codes that the configuration wants left out."""
+        return self.config.preflight.ignore if self.config else []
+
+    @property
+    def kept(self) -> list[Finding]:
+        """Findings that are not ignored."""
+        return [finding for finding in self.findings if finding.code not in self.ignore]
+
     def report(self) -> Report:
         """What this pass shows."""
-        ignore = self.config.preflight.ignore if self.config else []
-        ignored = [finding for finding in self.findings if finding.code in ignore]
-        kept = [finding for finding in self.findings if finding.code not in ignore]
-        return Report(self.stages, kept, ignored, axes=_axes(self.config), predicted=self.predicted)
+        ignored = [finding for finding in self.findings if finding.code in self.ignore]
+        return Report(self.stages, self.kept, ignored, axes=_axes(self.config), predicted=self.predicted)
 
     def _enter(self, name: str) -> None:
         started = time.perf_counter()
@@ -101,8 +109,7 @@ class Pass:
         except Exception as error:  # one check that breaks must not take the others' findings along
             traceback.print_exception(error, file=sys.stderr)
             found = [_broken(name, error)]
-        ignore = self.config.preflight.ignore if self.config else []
-        failed = any(finding.severity == "error" and finding.code not in ignore for finding in found or ())
+        failed = any(finding.severity == "error" and finding.code not in self.ignore for finding in found or ())
         status = "skipped" if found is None else "failed" if failed else "ok"
         self.found[name] = found or []
         self.stages.append(Stage(name, round(time.perf_counter() - started, 3), status))
@@ -206,12 +213,12 @@ def _proved(first: Pass) -> Report:
     """The report with each patch marked verified, or dropped; those that hold are applied before the next is tried."""
     applied: list[str] = []
     now, findings = first, []
-    for finding in first.report().findings:
+    for finding in first.kept:
         if finding.patch:
             finding, change, now = _tried(first, now, finding, applied)
             applied = merged([applied, change])
         findings.append(finding)
-    left = [] if now is first else [f for f in now.report().findings if f.severity == "error"]
+    left = [] if now is first else [f for f in now.kept if f.severity == "error"]
     return replace(first.report(), findings=findings, left=left)
 
 
@@ -246,7 +253,7 @@ def _with(config: Config | None, overrides: Sequence[str], before: Pass) -> Pass
 
 def _again(finding: Finding, seen: Pass) -> Finding | None:
     """The finding of the same rule at the same place, if it is still there."""
-    return next((f for f in seen.report().findings if (f.code, f.where) == (finding.code, finding.where)), None)
+    return next((f for f in seen.kept if (f.code, f.where) == (finding.code, finding.where)), None)
 
 
 def _spoiled(first: Pass, now: Pass, after: Pass) -> bool:

@@ -222,12 +222,8 @@ def _variant_of(found: Mapping[str, WeightFiles]) -> str | None:
 
 
 def _without_weights(folder: Path, weights: WeightFiles, expected: str) -> Finding:
-    there = [
-        *(f"{variant} weights" for variant in weights.variants),
-        *(["plain weights"] if weights.plain else []),
-        *weights.others,
-        *(f"{path.name}, a link that leads nowhere" for path in sorted(folder.iterdir()) if not path.exists()),
-    ]
+    dead = [f"{path.name}, a link that leads nowhere" for path in sorted(folder.iterdir()) if not path.exists()]
+    there = [*weights.there, *dead]
     pickles = any(name.endswith(PICKLES) for name in weights.others)
     if weights.variants or weights.plain:
         why, fix = (

@@ -28,6 +28,12 @@ class WeightFiles:
     index: Path | None = None
     """The list of the shards, where the weights are cut into several files."""
 
+    @property
+    def there(self) -> list[str]:
+        """What lies in the folder, in words."""
+        plain = ["plain weights"] if self.plain else []
+        return [*plain, *(f"{variant} weights" for variant in self.variants), *self.others]
+
 
 def find_weights(folder: Path, part: str, variant: str | None) -> WeightFiles:
     """The safetensors that `variant` (None: plain names) selects in `folder`, that of one part."""

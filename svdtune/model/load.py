@@ -203,23 +203,14 @@ def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
     found = find_weights(folder / part, part, variant)
     if not found.files:
         raise ModelError(
-            f"{folder / part}: no *{_suffix(variant)} with model.variant={variant or 'null'}; there: {_there(found)}. "
-            f"{_variant_hint(found)}"
+            f"{folder / part}: no *{_suffix(variant)} with model.variant={variant or 'null'}; "
+            f"there: {', '.join(found.there) or 'no weights'}. {_variant_hint(found)}"
         )
     return list(found.files)
 
 
 def _suffix(variant: str | None) -> str:
     return f".{variant}.safetensors" if variant else ".safetensors"
-
-
-def _there(found: WeightFiles) -> str:
-    kinds = [
-        *(["plain weights"] if found.plain else []),
-        *(f"{variant} weights" for variant in found.variants),
-        *found.others,
-    ]
-    return ", ".join(kinds) or "no weights"
 
 
 def _variant_hint(found: WeightFiles) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from svdtune.config.schema import Config
 from svdtune.diffusion.conditioning import ClipPixels
 from svdtune.errors import ConfigError, UsageError
-from svdtune.launch import check_world, foreign_engine, local_processes
+from svdtune.launch import check_world, cores, foreign_engine, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model, weights_hash
 from svdtune.model.widen import require_learning
@@ -89,9 +88,8 @@ def make_accelerator(config: Config) -> Accelerator:
     check_world(accelerator.num_processes)
     if accelerator.distributed_type not in PARALLEL:
         raise UsageError(f"the launcher asks for {accelerator.distributed_type.value}: {_ENGINES_OUT}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Kernels round differently with another thread count, so it is set here and not left to the launcher.
-    torch.set_num_threads(config.run.threads or max(1, cores // local_processes()))
+    torch.set_num_threads(config.run.threads or max(1, cores() // local_processes()))
     return accelerator
 
 

@@ -209,15 +209,13 @@ def parse(text: str) -> list[Message]:
         ends = _end(lines)
         start = 0
         for segment in _segments(lines):
-            for number, message in _messages(segment):
+            for number, message in _messages(segment, bare):
                 key = (message.kind, message.groups)
                 known = found.get(key, message)
                 best = known if len(known.frames) >= len(message.frames) else message
                 ranks = dict.fromkeys([*known.ranks, *([rank] if rank else [])])
                 last = known.last or start + number >= ends
-                found[key] = replace(
-                    best, ranks=tuple(ranks), last=last, raised=best.raised or (bare and not _QUOTED.search(best.line))
-                )
+                found[key] = replace(best, ranks=tuple(ranks), last=last, raised=known.raised or message.raised)
             start += len(segment)
     return list(found.values())
 
@@ -276,11 +274,11 @@ def _segments(lines: list[str]) -> Iterator[list[str]]:
     yield segment
 
 
-def _messages(segment: list[str]) -> Iterator[tuple[int, Message]]:
-    """The messages of one traceback with the numbers of their lines."""
+def _messages(segment: list[str], bare: bool) -> Iterator[tuple[int, Message]]:
+    """The messages of one traceback with the numbers of their lines; `bare`: the whole text is a message."""
     frames, code = _stack(segment)
     context = "\n".join(segment)
-    raised = bool(frames) or any(_ERROR.match(line) for line in segment)
+    raised = bare or bool(frames) or any(_ERROR.match(line) for line in segment)
     for number, line in enumerate(segment):
         if number in code:
             continue
@@ -294,9 +292,8 @@ def _messages(segment: list[str]) -> Iterator[tuple[int, Message]]:
                 seen.append(match.span())
                 groups = tuple(group or "" for group in match.groups())
                 beside = _names(joined, match.group())
-                told = (raised or bool(_LEVEL.search(line[: match.start()]))) and not _QUOTED.search(
-                    line[: match.start()]
-                )
+                before = line[: match.start()]
+                told = (raised or bool(_LEVEL.search(before))) and not _QUOTED.search(before)
                 yield number, Message(kind, groups, line.strip(), frames, beside, context, raised=told)
 
 
