@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import traceback
@@ -16,6 +17,8 @@ from svdtune.guards.findings import Finding, Report, Stage
 from svdtune.guards.place import place_of
 
 STAGES = ("env", "config", "checkpoint", "data", "shapes", "memory")
+_GOT = re.compile(r"(?P<where>.*?): got (?P<got>.*?)(?:, expected (?P<expected>.*))?", re.DOTALL)
+"""How most messages of the loader are built: `file:line: section.key: got X, expected Y`."""
 _MORE = 4
 """Further changes that one finding may ask for while it does not go away: each is proved with those before it."""
 
@@ -58,12 +61,10 @@ def unreadable(errors: Sequence[ConfigError], repaired: Config | None, options: 
 
 
 def _unreadable(error: ConfigError, repaired: bool) -> Finding:
-    where, key, told = str(error).split(": ", 2) if str(error).count(": ") > 1 else (str(error), "", "")
-    got, _, expected = told.removeprefix("got ").partition(", expected ")
-    if not told.startswith("got "):
-        where, _, got = str(error).partition(": ")
-        key = expected = ""
-    where = f"{where}: {key}" if key else where
+    if told := _GOT.fullmatch(str(error)):
+        where, got, expected = told["where"], told["got"], told["expected"] or ""
+    else:
+        (where, _, got), expected = str(error).partition(": "), ""
     if not repaired or not error.patch:
         return Finding("CFG101", "error", where, got, expected)
     fix = "Set the nearest value that is allowed; the other stages looked at the configuration with it."

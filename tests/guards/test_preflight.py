@@ -263,6 +263,16 @@ def test_a_typing_mistake_is_a_finding_too(own):
     assert "Did you mean train.steps?" in finding["got"]
 
 
+def test_a_message_without_a_key_is_taken_apart_too(tmp_path):
+    (tmp_path / "merge.yaml").write_text("train:\n  <<: {steps: 300}\n")
+    [finding] = json.loads(invoke("preflight", tmp_path / "merge.yaml", "--json").stdout)["findings"]
+    assert (finding["where"].endswith("merge.yaml:2"), finding["got"], finding["expected"]) == (
+        True,
+        "the key '<<'",
+        "a plain name",
+    )
+
+
 def test_nothing_to_repair_writes_nothing(own, tmp_path):
     done = invoke("preflight", *own, "--fix", tmp_path / "out.yaml")
     assert done.exit_code == 0
