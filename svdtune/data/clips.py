@@ -49,5 +49,12 @@ def window_frames(index: VideoIndex, *, num_frames: int, fps: float, start_secon
     return np.maximum(numbers, 0).tolist()
 
 
+def repeated(index: VideoIndex, fps: float) -> float:
+    """Share of the frames of the whole file, taken at `fps`, that are the frame before them again."""
+    count = int(index.duration * fps) + 1
+    numbers = window_frames(index, num_frames=count, fps=fps, start_seconds=0.0)
+    return float(np.mean(np.diff(numbers) == 0)) if count > 1 else 0.0
+
+
 def _round_down(fps: float) -> str:
     return f"{np.floor(fps * 10 + 1e-6) / 10:g}"

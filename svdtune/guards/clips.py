@@ -9,9 +9,11 @@ from functools import partial
 from math import ceil, floor
 from pathlib import Path
 
+import numpy as np
+
 from svdtune.config.schema import Config, Data
 from svdtune.data.catalog import find_videos, index_files, linked_folders, split
-from svdtune.data.clips import latest_start
+from svdtune.data.clips import latest_start, repeated
 from svdtune.data.index import VideoIndex
 from svdtune.data.readers import decord_objection
 from svdtune.errors import DataError
@@ -22,6 +24,8 @@ _SAMPLED, _HELD_OUT = 64, 32
 _NAMED = 3
 _FEW = 0.05
 """A share of files below which a shape that fits badly is not worth a warning."""
+_REPEATED = 0.1
+"""A share of frames on screen twice from which on a file has gaps."""
 _KEPT = 0.5
 """Less than this of the picture, or of the frame, is too little."""
 _UPSCALED = 2.0
@@ -102,8 +106,10 @@ def _check_files(config: Config, exhaustive: bool) -> list[Finding]:
     found = [*_unreadable(seen), *_slow(seen), *_short(seen), *_decord(seen)]
     if not seen.usable():
         found = [_no_clips(seen), *(replace(finding, severity="error") for finding in found)]
+    gaps = _gaps(seen)
+    batch = [finding for finding in _first_batch(config, seen) if not (gaps and finding.code == "DAT314")]
     return [*found, *_aspect(seen), *_small(seen), *_copies(seen), *_nothing_held_out(config, seen),
-            *_interlaced(seen), *_links(data), *_first_batch(config, seen)]  # fmt: skip
+            *_interlaced(seen), *gaps, *_links(data), *batch]  # fmt: skip
 
 
 def sample(paths: Sequence[Path], data: Data) -> list[Path]:
@@ -189,6 +195,21 @@ def _short(seen: _Seen) -> list[Finding]:
         patch = patch or _best(seen, "num_frames", [count for count in fewer if count >= 2])
     fix = f"Set {patch[0]}." if patch else f"Raise data.fps, lower data.num_frames, or remove {_them(short)}."
     return [_finding("DAT304", seen, short, got, expected, _left_out(seen), fix, patch)]
+
+
+def _gaps(seen: _Seen) -> list[Finding]:
+    """DAT314: files that are fast enough on average, with gaps in which one frame stays on screen."""
+    shares = {index: repeated(index, seen.data.fps) for index in seen.indexes if seen.used(index)}
+    stalled = [index for index, share in shares.items() if share >= _REPEATED]
+    if not stalled:
+        return []
+    longest = max(float(np.diff(index.times).max()) for index in stalled)
+    worst = max(shares[index] for index in stalled)
+    got = f"up to {worst:.0%} of the frames at data.fps={seen.data.fps:g} are the one before again, in gaps of up to {longest:.2g} s"
+    got = f"{got}: {seen.share(stalled)}"
+    why = "The model would learn to stand still and jump: recordings of a screen, or cut pieces, hold no frames for what stands still."
+    fix = f"Cut the gaps out, or remove {_them(stalled)}."
+    return [Finding("DAT314", "warning", seen.where(stalled), got, "a new frame for each moment", why, fix)]
 
 
 def _most(seen: _Seen, files: Sequence[VideoIndex]) -> bool:

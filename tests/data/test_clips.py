@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svdtune.data.clips import latest_start, start_frames, window_frames
+from svdtune.data.clips import latest_start, repeated, start_frames, window_frames
 from svdtune.data.index import Orientation, VideoIndex
 from svdtune.errors import DataError
 
@@ -95,3 +95,15 @@ def test_window_outside_the_file_is_a_programming_error() -> None:
     for start in (-0.1, 2.5):
         with pytest.raises(ValueError, match="no clip of 11 frames"):
             window_frames(cfr(30, 10), num_frames=11, fps=5, start_seconds=start)
+
+
+def test_a_gap_keeps_a_frame_on_screen() -> None:
+    """As in recordings of a screen: 13 frames a second on average, none for half of each second."""
+    stalling = index_of([tick / 24 for tick in range(96) if tick % 24 < 12])
+    assert repeated(stalling, 8) == pytest.approx(3 * 3 / 27)
+    assert repeated(cfr(96, 24), 8) == 0
+
+
+@pytest.mark.parametrize("rate", [24, 25, 30, 30000 / 1001])
+def test_no_frame_of_a_steady_file_stays(rate: float) -> None:
+    assert max(repeated(cfr(300, rate, ticks=1000), fps) for fps in (6, 7, rate, 30 if rate > 29 else rate)) < 0.02
