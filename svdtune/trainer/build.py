@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,6 +125,17 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         # Hashing the base reads gigabytes, and only the main process writes manifests.
         conventions=conventions(config, model) if accelerator.is_main_process else {},
     )
+
+
+def dismiss(accelerator: Accelerator) -> None:
+    """Close the trackers and the process group. The caller has let go of its Session before.
+
+    First the networks, then the group: freed the other way round, DDP's reducer holds the last reference to gloo and joins
+    its thread with the GIL in hand, for which that thread may be waiting (about one run in forty never ended).
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
 
 
 def _use_xformers(model: ModelParts) -> None:

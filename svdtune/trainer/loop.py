@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
 from svdtune.trainer.validate import Validator
+from svdtune.trainer.watch import Seen, Watch
 
 # fp16's loss scale starts too high and is halved at each overflow: a few skipped updates are how it is found.
 MAX_SKIPPED = 20
@@ -36,9 +38,11 @@ class Accumulated:
     losses: Tensor
     sigmas: Tensor
     names: tuple[str, ...]
+    waited: float
+    """Seconds without a clip from the loader."""
 
 
-def run_loop(session: Session, position: Position, resolved: str, wish: StopWish) -> Position:
+def run_loop(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> Position:
     """Train from `position` to `train.steps`; `resolved` is the YAML that checkpoints carry.
 
     Raises Diverged (no update made) or Stopped (checkpoint saved).
@@ -49,21 +53,22 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
     )
     validator = Validator(session)
     if position.step == 0:
-        _validate(session, validator, progress, 0)
-    batches = iter(_loader(session, position))
+        _validate(session, validator, progress, watch, 0)
+    batches = iter(loader_from(session, position))
     skipped = 0
     while position.step < config.train.steps:
         progress.begin()
         lr = float(session.schedule.get_last_lr()[0])
-        accumulated = _accumulate(session, batches)
-        report = _update(session, accumulated, stop=wish.name is not None)
+        accumulated = accumulate(session, batches)
+        grad_norm, report = update(session, accumulated, stop=wish.name is not None)
         skipped = skipped + 1 if not math.isfinite(report.grad_norm) else 0
-        _halt_if_diverged(session, position, accumulated, report, skipped)
+        _halt_if_diverged(session, position, accumulated, report, skipped, watch)
         position = Position(position.step + 1, position.samples + session.clips_per_step)
-        _report(session, progress, position, report, lr)
+        seconds = _report(session, progress, position, report, lr)
+        watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited))
         last, stop = position.step == config.train.steps, report.stop
         if last or (position.step % config.validation.interval == 0 and not stop):
-            _validate(session, validator, progress, position.step)
+            _validate(session, validator, progress, watch, position.step)
             stop = any_rank(session.accelerator, wish.name is not None)
         if last or stop or position.step % config.checkpoint.interval == 0:
             _save(session, position, resolved)
@@ -77,7 +82,8 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
     return position
 
 
-def _loader(session: Session, position: Position):
+def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
+    """The batches of this rank from `position` on."""
     config, accelerator = session.config, session.accelerator
     return make_loader(
         config.data,
@@ -91,11 +97,14 @@ def _loader(session: Session, position: Position):
     )
 
 
-def _accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
+def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
+    """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks."""
     config, accelerator, parts = session.config, session.accelerator, session.parts
-    losses, sigmas, names = [], [], []
+    losses, sigmas, names, waited = [], [], [], 0.0
     for micro in range(config.train.accumulation):
+        asked = time.perf_counter()
         batch = next(batches)
+        waited += time.perf_counter() - asked
         if batch.rejected:
             session.folder.reject(batch.rejected)
         draws = draws_for(batch, parts.facts, config)
@@ -107,15 +116,15 @@ def _accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
         losses.append(result.loss_per_clip.detach())
         sigmas.append(draws.sigma)
         names.extend(batch.names)
-    return Accumulated(torch.cat(losses), torch.cat(sigmas), tuple(names))
+    return Accumulated(torch.cat(losses), torch.cat(sigmas), tuple(names), waited)
 
 
-def _update(session: Session, accumulated: Accumulated, *, stop: bool) -> StepReport:
-    """One optimizer step, if loss and gradient norm are finite on every rank."""
+def update(session: Session, accumulated: Accumulated, *, stop: bool) -> tuple[float, StepReport]:
+    """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
-    grad_norm = accelerator.clip_grad_norm_(trained, max_norm)
-    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, torch.as_tensor(grad_norm), stop=stop)
+    grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
+    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm, stop=stop)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
         optimizer.step()
@@ -123,11 +132,11 @@ def _update(session: Session, accumulated: Accumulated, *, stop: bool) -> StepRe
         if session.ema is not None:
             session.ema.step(trained)
     optimizer.zero_grad(set_to_none=True)
-    return report
+    return float(grad_norm), report
 
 
 def _halt_if_diverged(
-    session: Session, position: Position, accumulated: Accumulated, report: StepReport, skipped: int
+    session: Session, position: Position, accumulated: Accumulated, report: StepReport, skipped: int, watch: Watch
 ) -> None:
     allowed = MAX_SKIPPED if session.accelerator.scaler is not None else 0
     if math.isfinite(report.loss) and skipped <= allowed:
@@ -136,14 +145,16 @@ def _halt_if_diverged(
     clips = [f"{name} (sigma {sigma:.4g}, loss {loss:.4g})" for name, sigma, loss in mine]
     everywhere = gather_object(clips)
     bad = [line for line in everywhere if "loss nan" in line or "loss inf" in line] or everywhere
+    began = watch.diverged(session, position)
     raise Diverged(
         f"step {position.step + 1}: loss {report.loss:.4g}, gradient norm {report.grad_norm:.4g}; no update was made from it. "
-        f"Clips of this step: {'; '.join(bad[:8])}. Checkpoints saved before are good. Lower train.lr, check these clips, "
-        "or use train.precision=bf16."
+        f"{began}{' ' if began else ''}Clips of this step: {'; '.join(bad[:8])}. Checkpoints saved before are good. Lower train.lr, "
+        "check these clips, or use train.precision=bf16."
     )
 
 
-def _report(session: Session, progress: Progress, position: Position, report: StepReport, lr: float) -> None:
+def _report(session: Session, progress: Progress, position: Position, report: StepReport, lr: float) -> float:
+    """The seconds that the step took."""
     seconds = progress.end()
     progress.show(position.step, report, lr)
     line = {
@@ -160,19 +171,21 @@ def _report(session: Session, progress: Progress, position: Position, report: St
     _write(session, {key: value if math.isfinite(value) else None for key, value in line.items()}, position.step)
     if session.accelerator.is_main_process:
         session.folder.beat()
+    return seconds
 
 
-def _validate(session: Session, validator: Validator, progress: Progress, step: int) -> None:
+def _validate(session: Session, validator: Validator, progress: Progress, watch: Watch, step: int) -> None:
     losses = validator.held_out_loss()
     if losses:
         _write(session, {"step": step, **losses}, step)
         progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
-    videos: list[Path] = []
+    videos: dict[str, Path] = {}
     if session.accelerator.is_main_process:
         videos = validator.sample_videos(step)
-        for video in videos:
+        for video in videos.values():
             progress.say(f"step {step}: sample {video}")
-    tracking.log_videos(session, videos, step)
+    tracking.log_videos(session, list(videos.values()), step)
+    watch.sampled(session, step, videos)
     session.accelerator.wait_for_everyone()
 
 

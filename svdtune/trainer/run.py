@@ -16,18 +16,20 @@ from svdtune.config.schema import Config
 from svdtune.data.catalog import scan
 from svdtune.errors import Diverged, Stopped, SvdtuneError
 from svdtune.trainer import state, tracking
-from svdtune.trainer.build import Session, build, make_accelerator
+from svdtune.trainer.build import Session, build, dismiss, make_accelerator
 from svdtune.trainer.loop import run_loop
 from svdtune.trainer.run_folder import RunFolder, State
 from svdtune.trainer.signals import StopWish, listen
 from svdtune.trainer.state import Position
 from svdtune.trainer.validate import inference
+from svdtune.trainer.watch import Watch
 
 
-def train(config: Config, *, config_text: str) -> None:
+def train(config: Config, *, config_text: str, watch: Watch | None = None) -> None:
     """Start the run of `config`, or go on where it stands; the same command does both.
 
-    `config_text` is the YAML as written. Raises SvdtuneError subclasses, each with the exit code of its kind.
+    `config_text` is the YAML as written; `watch` looks on and may refuse.
+    Raises SvdtuneError subclasses, each with the exit code of its kind.
     """
     accelerator = make_accelerator(config)
     folder = RunFolder(Path(config.run.dir) / config.run.name)
@@ -43,15 +45,18 @@ def train(config: Config, *, config_text: str) -> None:
             folder.truncate_metrics(position.step or -1)
             _say(*said)
         accelerator.wait_for_everyone()
-        _run(session, position, resolved, wish)
+        _run(session, position, resolved, wish, watch or Watch())
+        del session
+        dismiss(accelerator)
 
 
-def _run(session: Session, position: Position, resolved: str, wish: StopWish) -> None:
+def _run(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> None:
     main, steps, folder = session.accelerator.is_main_process, session.config.train.steps, session.folder
     trains = position.step < steps
     if trains:
+        watch.before(session, position)
         tracking.start(session, resolved)
-        run_loop(session, position, resolved, wish)
+        run_loop(session, position, resolved, wish, watch)
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     if main:
@@ -60,7 +65,6 @@ def _run(session: Session, position: Position, resolved: str, wish: StopWish) ->
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
-    session.accelerator.end_training()
 
 
 def _say(*lines: str) -> None:

@@ -84,17 +84,17 @@ class Validator:
         by_sigma = {f"held_out_loss/sigma {sigma:g}": loss for sigma, loss in zip(sigmas, losses, strict=True)}
         return {"held_out_loss": fmean(losses), **by_sigma}
 
-    def sample_videos(self, step: int) -> list[Path]:
-        """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png. Called on the main process only."""
+    def sample_videos(self, step: int) -> dict[str, Path]:
+        """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png; by name. Called on the main process only."""
         folder = sample_folder(self.session, step)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = []
+        videos = {}
         for subject in self.subjects:
             frames = self._sample(subject)
-            paths.append(folder / f"{subject.name}.mp4")
+            videos[subject.name] = folder / f"{subject.name}.mp4"
             Image.fromarray(to_uint8(subject.image[None])[0]).save(folder.parent / f"{subject.name}.png")
-            write_mp4(paths[-1], frames, self.session.config.data.fps)
-        return paths
+            write_mp4(videos[subject.name], frames, self.session.config.data.fps)
+        return videos
 
     def sheet(self, step: int) -> Path | None:
         """contact_sheet.png: first frame, base (the samples of step 0), fine-tuned (of `step`), truth; None if unsampled."""

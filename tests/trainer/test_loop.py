@@ -2,11 +2,13 @@
 
 import json
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -20,6 +22,7 @@ from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.validate import unique_names
+from svdtune.trainer.watch import Watch
 from tests.trainer.conftest import REPO, SHORT, metrics
 
 pytestmark = pytest.mark.filterwarnings(
@@ -61,7 +64,7 @@ def _reset():
 
 
 def train(session, wish=None):
-    return loop.run_loop(session, Position(), resolved_yaml(session.config), wish or StopWish())
+    return loop.run_loop(session, Position(), resolved_yaml(session.config), wish or StopWish(), Watch())
 
 
 def losses(session):
@@ -172,8 +175,8 @@ def test_ema_follows_and_is_what_is_sampled_and_put_back(session):
 def test_checkpointing_gives_the_same_gradients(session):
     def gradients(kind):
         made = session(f"memory.checkpointing={kind}", "adapt.method=full")
-        batches = iter(loop._loader(made, Position()))
-        loop._accumulate(made, batches)
+        batches = iter(loop.loader_from(made, Position()))
+        loop.accumulate(made, batches)
         return {name: p.grad for name, p in made.trained.items()}
 
     plain, checkpointed = gradients("none"), gradients("diffusers")
@@ -251,6 +254,22 @@ def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, 
     assert list((folder / "samples" / "step-000002").glob("*.mp4"))
     assert (folder / "contact_sheet.png").exists()
     assert (folder / "config.yaml").read_text() == "text of the YAML\n"
+
+
+def test_the_networks_are_gone_before_the_process_group(session, config, monkeypatch):
+    """What DDP holds on to must not be the last to hold the group: its destructor then waits for ever, once in a while."""
+    _reset()
+    unets, alive = [], []
+
+    def built(*arguments):
+        made = build(*arguments)
+        unets.append(weakref.ref(made.parts.unet))
+        return made
+
+    monkeypatch.setattr(run, "build", built)
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: alive.append(unets[0]() is not None))
+    run.train(config("train.steps=1", "train.warmup=0"), config_text="")
+    assert alive == [False]
 
 
 def test_a_signal_in_validation_stops_after_the_checkpoint(session, monkeypatch):

@@ -1,0 +1,1 @@
+"""Guards that need the built run: its networks, its batch, its step."""
