@@ -45,6 +45,7 @@ Examples:
   svdtune preflight my.yaml --fix repaired.yaml        write the changes that were proved to help
   svdtune preflight my.yaml --gpu 24GiB                a laptop asks for a rented card
   svdtune preflight my.yaml --all                      every clip, not a sample
+  svdtune preflight my.yaml --only probe               does the base agree that this is RGB, forwards, at this fps
   svdtune preflight --only env                         versions and devices, for a bug report
 """
 
@@ -139,13 +140,14 @@ def train(
     if not preflight_only:
         launch.join_world(sys.argv[1:])
     with _explained(loaded):
-        if launch.rank() == 0 and (preflight_only or loaded.preflight.enabled):
-            _require_preflight(loaded)
+        checked = preflight_only or loaded.preflight.enabled
+        report = _require_preflight(loaded) if checked and launch.rank() == 0 else None
         if preflight_only:
             return
         from svdtune.trainer.run import train as run_training
 
-        run_training(loaded, config_text=config.read_text(encoding="utf-8"))
+        watch = _watcher(report) if checked else None
+        run_training(loaded, config_text=config.read_text(encoding="utf-8"), watch=watch)
 
 
 @app.command(epilog=_PREFLIGHT_EXAMPLES)
@@ -155,8 +157,11 @@ def preflight(
     ] = None,
     overrides: Overrides = None,
     only: Annotated[
-        Literal["env", "config", "checkpoint", "data", "shapes", "memory"] | None,
-        typer.Option(help="One stage; `env` needs no CONFIG and is the report to paste into an issue."),
+        Literal["env", "config", "checkpoint", "data", "shapes", "memory", "live", "probe"] | None,
+        typer.Option(
+            help="One stage. `env` needs no CONFIG and is the report to paste into an issue; `live` builds the run and proves its step; "
+            "`probe` asks the base which conventions your clips agree with."
+        ),
     ] = None,
     exhaustive: Annotated[bool, typer.Option("--all", help="Look at every clip, not at a sample.")] = False,
     gpu: Annotated[str | None, typer.Option(metavar="24GiB", help="Memory of the GPU that the run is for.")] = None,
@@ -328,10 +333,16 @@ def main() -> None:
         raise
 
 
-def _require_preflight(config: Config) -> None:
+def _require_preflight(config: Config) -> Any:
     from svdtune.guards.cli import require_preflight
 
-    require_preflight(config)
+    return require_preflight(config)
+
+
+def _watcher(report: Any) -> Any:
+    from svdtune.guards.live.watcher import Watcher
+
+    return Watcher(report)
 
 
 @contextmanager

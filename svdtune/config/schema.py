@@ -304,6 +304,8 @@ class Preflight:
     """Run preflight before training."""
     ignore: list[str] = field(default_factory=list)
     """Codes of findings to ignore, visibly (DAT305)."""
+    stop_on: list[str] = field(default_factory=list)
+    """Codes of findings of the running training that stop it with a saved checkpoint (SEM542); others are told only."""
 
 
 @dataclass

@@ -72,10 +72,14 @@ class ClipDataset:
         epoch, position = divmod(sample, len(self.files))
         return self.files[_order(self.seed, epoch, len(self.files))[position]]
 
-    def _cut(self, index: VideoIndex, sample: int, attempt: int) -> Tensor:
+    def window_of(self, index: VideoIndex, sample: int, attempt: int = 0) -> tuple[int, bool]:
+        """The frame number a sample starts at, and whether it is mirrored."""
         rng = _rng(self.seed, _WINDOW, sample, attempt)
         start = int(rng.integers(start_frames(index, num_frames=self.data.num_frames, fps=self.data.fps)))
-        flip = bool(rng.random() < 0.5) and self.data.flip
+        return start, bool(rng.random() < 0.5) and self.data.flip
+
+    def _cut(self, index: VideoIndex, sample: int, attempt: int) -> Tensor:
+        start, flip = self.window_of(index, sample, attempt)
         return read_clip(self.data, index, start_frame=start, flip=flip)
 
 

@@ -13,7 +13,9 @@ from svdtune.contracts import Draws, Mismatch, ModelFacts, VideoBatch, check
 from svdtune.data.index import VideoIndex
 from svdtune.errors import DataError
 from svdtune.guards.findings import Finding
+from svdtune.guards.footage import check_footage
 from svdtune.guards.place import place_of
+from svdtune.guards.samplers import check_samplers
 
 _BYTES = 2**28
 """Two clips are read where they fit into this, one where they do not: a laptop must stay under a GiB."""
@@ -55,11 +57,12 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
         return [Finding("DAT311", "error", place_of(error), got, "a batch", "Training's own loader and draws were run on the first clips.",
                         "Mend the line that is named.")]  # fmt: skip
     return [
-        *_values(batch),
+        *(_values(batch) or check_footage(data, files, config.run.seed, batch)),
         *_still(batch),
         *(_record("SHP407", mismatch) for mismatch in check(draws, axes)),
         *_finite(draws),
         *_same(draws),
+        *check_samplers(config, facts),
     ]
 
 

@@ -45,7 +45,7 @@ def preflight_verb(
     except ConfigError as error:
         report, config, code = _unreadable(path, overrides, error, options), None, ConfigError.exit_code
     else:
-        report = run_preflight(config, options)
+        report = _checked(config, options)
         code = 0 if report.ok else PreflightError.exit_code
     _show(report, only=only, as_json=as_json, stages=options.on_stage is None)
     if config is not None and only is None:
@@ -55,8 +55,30 @@ def preflight_verb(
     return code
 
 
-def require_preflight(config: Config) -> None:
-    """Before training: raise PreflightError with the whole report when an error was found, else print it."""
+def _checked(config: Config | None, options: Options) -> Report:
+    """The static stages and, where nothing is wrong yet, the live ones; or the one that is asked for."""
+    if config is not None and options.only in ("live", "probe"):
+        from svdtune.guards.live.verb import probed, proved
+
+        if options.only == "live":
+            return proved(config, Report([], []))
+        table, report = probed(config)
+        print(table, file=sys.stderr)
+        return report
+    report = run_preflight(config, options)
+    if config is None or options.only is not None or not report.ok:
+        return report
+    from svdtune.guards.live.verb import with_live
+
+    whole = with_live(config, report)
+    for stage in whole.stages[len(report.stages) :]:
+        if options.on_stage:
+            options.on_stage(stage)
+    return whole
+
+
+def require_preflight(config: Config) -> Report:
+    """Before training: raise PreflightError with the whole report when an error was found, else print and return it."""
     options = Options(on_stage=_progress())
     report = run_preflight(config, options)
     write_report(config, report)
@@ -65,6 +87,7 @@ def require_preflight(config: Config) -> None:
         _refuse(config, report)
         raise PreflightError(f"preflight found what would spoil this run; nothing was started.\n{told}")
     print(told if report.findings or report.ignored else summary(report), file=sys.stderr)
+    return report
 
 
 def _refuse(config: Config, report: Report) -> None:

@@ -33,6 +33,8 @@ class Stage:
     name: str
     seconds: float
     status: Literal["ok", "failed", "skipped"]
+    note: str = ""
+    """Why it was skipped, where that is not said by another stage."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Report:
     axes: Mapping[str, int] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     """What the run will need: see `guards/memory.py`."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What the trial updates took: see `guards/live/trial.py`."""
 
     @property
     def ok(self) -> bool:
@@ -63,4 +67,5 @@ class Report:
             "left": [asdict(finding) for finding in self.left],
             "axes": dict(self.axes),
             "predicted": dict(self.predicted),
+            "measured": dict(self.measured),
         }

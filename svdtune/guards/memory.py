@@ -102,7 +102,7 @@ def check_memory(config: Config, needed: Estimate, given: int | None) -> list[Fi
         return _on_cpu(needed)
     if needed.peak <= available:
         return []
-    fix, patch = _smaller(config)
+    fix, patch = smaller(config)
     return [
         Finding(
             "MEM701", "error", "memory", f"about {_gib(needed.peak)} in one process: {_gib(needed.weights)} of weights, "
@@ -166,7 +166,7 @@ def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _smaller(config: Config) -> tuple[str, tuple[str, ...]]:
+def smaller(config: Config) -> tuple[str, tuple[str, ...]]:
     """The first change that keeps what is learned."""
     train = config.train
     if config.memory.checkpointing == "none":

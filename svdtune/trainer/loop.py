@@ -16,7 +16,7 @@ from torch import Tensor
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
-from svdtune.errors import Diverged, Stopped
+from svdtune.errors import Diverged, PreflightError, Stopped
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session
 from svdtune.trainer.metrics import StepReport, any_rank, reduce_step
@@ -33,10 +33,13 @@ MAX_SKIPPED = 20
 
 @dataclass(frozen=True)
 class Accumulated:
-    """What the micro-steps of one update leave behind: losses and sigmas (clips,) of this rank, and the clips' names."""
+    """What the micro-steps of one update leave behind: losses, sigmas and sample numbers (clips,) of this rank, and names."""
 
     losses: Tensor
     sigmas: Tensor
+    samples: Tensor
+    noise: Tensor
+    """(clips, 4): the first numbers of each clip's noise, to know it by."""
     names: tuple[str, ...]
     waited: float
     """Seconds without a clip from the loader."""
@@ -45,7 +48,7 @@ class Accumulated:
 def run_loop(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> Position:
     """Train from `position` to `train.steps`; `resolved` is the YAML that checkpoints carry.
 
-    Raises Diverged (no update made) or Stopped (checkpoint saved).
+    Raises Diverged (no update made), Stopped or PreflightError (asked for by a signal or by `watch`; checkpoint saved).
     """
     config = session.config
     progress = Progress(
@@ -53,7 +56,7 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
     )
     validator = Validator(session)
     if position.step == 0:
-        _validate(session, validator, progress, watch, 0)
+        wish.ask(_validate(session, validator, progress, watch, 0))
     batches = iter(loader_from(session, position))
     skipped = 0
     while position.step < config.train.steps:
@@ -65,16 +68,16 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
         _halt_if_diverged(session, position, accumulated, report, skipped, watch)
         position = Position(position.step + 1, position.samples + session.clips_per_step)
         seconds = _report(session, progress, position, report, lr)
-        watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited))
+        wish.ask(watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited)))
         last, stop = position.step == config.train.steps, report.stop
         if last or (position.step % config.validation.interval == 0 and not stop):
-            _validate(session, validator, progress, watch, position.step)
+            wish.ask(_validate(session, validator, progress, watch, position.step))
             stop = any_rank(session.accelerator, wish.name is not None)
         if last or stop or position.step % config.checkpoint.interval == 0:
             _save(session, position, resolved)
         if stop and not last:
-            raise Stopped(
-                f"stopped by {wish.name or 'a signal on another rank'} after step {position.step}; the checkpoint is saved. "
+            raise (PreflightError if wish.refused else Stopped)(
+                f"stopped by {wish.name or 'another rank'} after step {position.step}; the checkpoint is saved. "
                 "Run the same command again to go on."
             )
     if session.accelerator.is_main_process:
@@ -100,7 +103,7 @@ def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
 def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
     """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks."""
     config, accelerator, parts = session.config, session.accelerator, session.parts
-    losses, sigmas, names, waited = [], [], [], 0.0
+    losses, drawn, samples, names, waited = [], [], [], [], 0.0
     for micro in range(config.train.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
@@ -114,9 +117,11 @@ def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
             result = train_step(parts, batch, draws)
             accelerator.backward(result.loss / config.train.accumulation)
         losses.append(result.loss_per_clip.detach())
-        sigmas.append(draws.sigma)
+        drawn.append((draws.sigma, draws.noise.flatten(1)[:, :4]))
+        samples.append(batch.sample)
         names.extend(batch.names)
-    return Accumulated(torch.cat(losses), torch.cat(sigmas), tuple(names), waited)
+    sigmas, noise = (torch.cat(values) for values in zip(*drawn, strict=True))
+    return Accumulated(torch.cat(losses), sigmas, torch.cat(samples), noise, tuple(names), waited)
 
 
 def update(session: Session, accumulated: Accumulated, *, stop: bool) -> tuple[float, StepReport]:
@@ -174,7 +179,8 @@ def _report(session: Session, progress: Progress, position: Position, report: St
     return seconds
 
 
-def _validate(session: Session, validator: Validator, progress: Progress, watch: Watch, step: int) -> None:
+def _validate(session: Session, validator: Validator, progress: Progress, watch: Watch, step: int) -> str:
+    """A reason to stop, or nothing."""
     losses = validator.held_out_loss()
     if losses:
         _write(session, {"step": step, **losses}, step)
@@ -185,8 +191,9 @@ def _validate(session: Session, validator: Validator, progress: Progress, watch:
         for video in videos.values():
             progress.say(f"step {step}: sample {video}")
     tracking.log_videos(session, list(videos.values()), step)
-    watch.sampled(session, step, videos)
+    reason = watch.sampled(session, step, videos)
     session.accelerator.wait_for_everyone()
+    return reason
 
 
 def _save(session: Session, position: Position, resolved: str) -> None:

@@ -91,6 +91,10 @@ class RunFolder:
         """Add one line to metrics.jsonl and hand it to the system. Lines with a `step` can be taken back by step."""
         _append(self.path / "metrics.jsonl", [json.dumps(values)])
 
+    def append_finding(self, finding: dict[str, Any]) -> None:
+        """Add one line to findings.jsonl: what was noticed in flight."""
+        _append(self.path / "findings.jsonl", [json.dumps(finding, ensure_ascii=False)])
+
     def beat(self) -> None:
         """Touch the heartbeat file: its age tells a watcher how long ago the last optimizer step ended."""
         (self.path / "heartbeat").touch()

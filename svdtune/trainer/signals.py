@@ -12,9 +12,16 @@ from types import FrameType
 
 @dataclass
 class StopWish:
-    """Set by a signal handler, read once per optimizer step."""
+    """Set by a signal handler or by what watches the run, read once per optimizer step."""
 
     name: str | None = None
+    refused: bool = False
+    """Asked for by what watches the run, not by a signal."""
+
+    def ask(self, reason: str) -> None:
+        """Stop after the next step for `reason`; an empty one asks nothing."""
+        if reason and self.name is None:
+            self.name, self.refused = reason, True
 
 
 @contextmanager

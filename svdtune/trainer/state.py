@@ -66,15 +66,23 @@ def resume(session: Session, resolved: str) -> tuple[Position, list[str]]:
         )
     if folder is None:
         return Position(), []
-    said = [*(f"skipped {line}" for line in skipped), f"resuming {folder}"]
-    said += changed_options((folder / "config.yaml").read_text(), resolved)
+    position, said = restore(session, folder)
+    changed = changed_options((folder / "config.yaml").read_text(), resolved)
+    return position, [*(f"skipped {line}" for line in skipped), f"resuming {folder}", *changed, *said]
+
+
+def restore(session: Session, folder: Path) -> tuple[Position, list[str]]:
+    """Everything that `save` wrote into `folder`, put back; returns where it stands, and lines to say.
+
+    Raises CheckpointError as `resume` does.
+    """
     raw = _raw(session.optimizer)
     options = [{key: value for key, value in group.items() if key != "params"} for group in raw.param_groups]
     disk.load_trained(folder, session.trained)
     load_optimizer(folder, raw, session.trained)
     for group, values in zip(raw.param_groups, options, strict=True):
         group.update(values)
-    said += _load_ema(session, folder)
+    said = _load_ema(session, folder)
     trainer = load_json(folder / "trainer.json")
     position = Position(trainer["step"], trainer["samples"])
     _advance(session, position.step)

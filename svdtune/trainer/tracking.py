@@ -43,6 +43,14 @@ def log(session: Session, values: dict[str, Any], step: int) -> None:
     session.accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
 
 
+def log_finding(session: Session, code: str, text: str, step: int) -> None:
+    """Something that was noticed at `step`: a mark beside the numbers, and wandb's alert. Called on the main process."""
+    session.accelerator.log({f"findings/{code}": 1}, step=step)
+    if "wandb" in session.config.tracking.backends:
+        run: Any = session.accelerator.get_tracker("wandb", unwrap=True)
+        run.alert(title=f"{code} at step {step}", text=text)
+
+
 def log_videos(session: Session, videos: list[Path], step: int) -> None:
     """Sample videos: wandb gets the mp4 files as they are."""
     if not videos or "wandb" not in session.config.tracking.backends or not session.accelerator.is_main_process:

@@ -100,7 +100,7 @@ class Validator:
         """contact_sheet.png: first frame, base (the samples of step 0), fine-tuned (of `step`), truth; None if unsampled."""
         rows: list[tuple[str, np.ndarray]] = []
         for subject in self.subjects:
-            base, tuned = (_load_frames(sample_folder(self.session, s) / f"{subject.name}.mp4") for s in (0, step))
+            base, tuned = (load_frames(sample_folder(self.session, s) / f"{subject.name}.mp4") for s in (0, step))
             first = to_uint8(subject.image[None])
             candidates = [("first frame", first), ("base", base), ("fine-tuned", tuned), ("truth", subject.truth)]
             rows += [(label, frames) for label, frames in candidates if frames is not None]
@@ -168,7 +168,8 @@ def _image_subject(name: str, path: Path, data: Data) -> Subject:
     return Subject(name, image, None)
 
 
-def _load_frames(video: Path) -> np.ndarray | None:
+def load_frames(video: Path) -> np.ndarray | None:
+    """uint8 (t, h, w, 3) of a video file; None when there is none."""
     if not video.is_file():
         return None
     index = index_video(video)

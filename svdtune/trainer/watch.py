@@ -32,11 +32,13 @@ class Watch:
     def before(self, session: Session, position: Position) -> None:
         """Everything is built and resumed, no update is made yet. Raises PreflightError to refuse the run."""
 
-    def stepped(self, session: Session, seen: Seen) -> None:
-        """An optimizer step ended. May raise SvdtuneError to stop the run."""
+    def stepped(self, session: Session, seen: Seen) -> str:
+        """An optimizer step ended. A reason to stop after the next one, or nothing; may raise SvdtuneError to stop at once."""
+        return ""
 
-    def sampled(self, session: Session, step: int, videos: Mapping[str, Path]) -> None:
-        """Sample videos were written, by name of their subject (none on other ranks than the main one)."""
+    def sampled(self, session: Session, step: int, videos: Mapping[str, Path]) -> str:
+        """Sample videos were written, by name of their subject (none on other ranks than the main one). As `stepped`."""
+        return ""
 
     def diverged(self, session: Session, position: Position) -> str:
         """Loss or gradient of the step after `position` is not finite. A sentence that says where it began, or nothing."""

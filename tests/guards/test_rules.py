@@ -12,7 +12,9 @@ from svdtune.guards.catalog import RULES, TOPICS
 
 REPO = Path(__file__).parents[2]
 SOURCES = "\n".join(p.read_text() for p in (REPO / "svdtune" / "guards").rglob("*.py") if p.name != "catalog.py")
-TESTS = "\n".join(p.read_text() for p in (REPO / "tests").rglob("*.py") if p != Path(__file__))
+TESTS = "\n".join(
+    p.read_text() for kind in ("*.py", "*.tsv") for p in (REPO / "tests").rglob(kind) if p != Path(__file__)
+)
 
 
 @pytest.mark.parametrize("code", RULES)

@@ -1,0 +1,225 @@
+"""Whether gradients reach what learns, and nothing else, and whether it moves: looked at around the updates of the trial."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdtune.guards.findings import Finding
+from svdtune.guards.live.observe import hooks
+from svdtune.trainer.build import Session
+from svdtune.trainer.loop import Accumulated
+
+STEPS = 2
+"""LoRA's second matrix starts at zero: the first has a gradient from the second step on."""
+_DEAD = re.compile(r"transformer_blocks\.\d+\.(attn2\.to_[qk]|norm2)\.")
+"""SVD's image context is one token: nothing that only makes the query or the key of attn2 has an effect."""
+_UNMOVED = 0.5
+_SUMMED = 8
+"""Parameters whose gradients are added up by hand."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """Values on the CPU."""
+
+    weights: dict[str, Tensor]
+    averages: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Slope:
+    """The gradient that one micro-step sends into the UNet's answer."""
+
+    norm: Tensor
+    numel: int
+
+
+@contextmanager
+def slopes(session: Session) -> Iterator[list[_Slope]]:
+    """Filled by each micro-step's backward pass."""
+    seen: list[_Slope] = []
+
+    def listen(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda slope: seen.append(_Slope(slope.double().norm(), slope.numel())))
+
+    with hooks() as add:
+        add(session.model.unet.register_forward_hook(listen))
+        yield seen
+
+
+def scaled(session: Session, slopes: Sequence[_Slope], accumulated: Accumulated) -> Iterator[Finding]:
+    """SEM568: |d loss / dF| = 2 sqrt(loss / n) / accumulation in each micro-step, as the mean of squares has it."""
+    train, scaler = session.config.train, session.accelerator.scaler
+    scale = scaler.get_scale() if scaler is not None else 1.0
+    losses = accumulated.losses.double().reshape(train.accumulation, -1).mean(1).tolist()
+    got = [
+        float(slope.norm) / (2 * (loss / slope.numel) ** 0.5) / scale
+        for slope, loss in zip(slopes, losses, strict=False)
+    ]
+    due = 1 / train.accumulation
+    if len(got) == train.accumulation and all(abs(weight - due) <= 0.02 * due for weight in got):
+        return
+    weights = ", ".join(f"{weight:.3g}" for weight in got) or "none: no gradient comes back"
+    expected = f"{train.accumulation} of {due:.3g}, the mean over train.accumulation"
+    why = "The gradient is not that of the mean loss: the learning rate would mean another step, or clips count unequally."
+    fix = "Call accelerator.backward(result.loss / train.accumulation) once for each micro-step."
+    yield Finding("SEM568", "error", "accelerator.backward", f"micro-steps weigh {weights}", expected, why, fix)
+
+
+@contextmanager
+def sums(session: Session) -> Iterator[dict[str, Tensor]]:
+    """The gradients of all micro-steps added up, of the last trained parameters."""
+    sums: dict[str, Tensor] = {}
+
+    def add_to(name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            sums[name] = sums[name] + gradient if name in sums else gradient.clone()
+
+        return add
+
+    with hooks() as keep:
+        for name, parameter in list(session.trained.items())[-_SUMMED:]:
+            keep(parameter.register_hook(add_to(name)))
+        yield sums
+
+
+def added(session: Session, sums: dict[str, Tensor]) -> Iterator[Finding]:
+    """SEM568: what the optimizer will see is the sum over micro-steps, averaged over ranks."""
+    for name, total in sums.items():
+        due: Any = session.accelerator.reduce(total, reduction="mean")
+        gradient = session.trained[name].grad
+        if gradient is None or float((gradient - due).norm()) > 0.02 * float(due.norm()) + 1e-12:
+            got = "no gradient is left" if gradient is None else f"its norm is {float(gradient.norm()):.3g}"
+            steps = session.config.train.accumulation
+            expected = f"{float(due.norm()):.3g}, the sum over {steps} micro-steps, averaged over ranks"
+            why = "Some of the clips of an update would not count."
+            yield Finding("SEM568", "error", name, got, expected, why, "Clear gradients after the update alone.")
+            return
+
+
+def reached(session: Session) -> set[str]:
+    """Trained parameters whose gradient is not all zero."""
+    there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
+    if not there:
+        return set()
+    flags = torch.stack([(gradient != 0).any() for gradient in there.values()]).tolist()
+    return {name for name, flag in zip(there, flags, strict=True) if flag}
+
+
+def strangers(session: Session) -> list[Finding]:
+    """SEM562: frozen parameters with a gradient."""
+    own = {id(parameter) for parameter in session.trained.values()}
+    model = session.model
+    networks: dict[str, Any] = {"unet": model.unet, "vae": model.vae, "image_encoder": model.image_encoder}
+    pairs = [(f"{part}.{name}", p) for part, network in networks.items() for name, p in network.named_parameters()]
+    strange = [name for name, parameter in pairs if parameter.grad is not None and id(parameter) not in own]
+    why = "They cost memory, count in the gradient norm that clips the others, and an optimizer may move them."
+    return of_set("SEM562", strange, "frozen parameters have a gradient", "gradients of trained parameters alone", why)
+
+
+def without(session: Session, reached: set[str]) -> list[Finding]:
+    """SEM561: trained parameters without a gradient after two updates."""
+    lost = [name for name in session.trained if name not in reached and not _DEAD.search(name)]
+    got = f"of {len(session.trained)} trained parameters have no gradient after {STEPS} steps"
+    why = (
+        "They would stay as they are for the whole run. Reentrant checkpointing with frozen inputs, a detach or a branch "
+        "that is never taken do that."
+    )
+    return of_set("SEM561", lost, got, "a gradient for each", why)
+
+
+def left_over(session: Session) -> list[Finding]:
+    """SEM565: an update must leave no gradient behind."""
+    there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
+    names = [name for name, gradient in there.items() if bool((gradient != 0).any())]
+    why = "The next update would add to them: old gradients count again and again, and the run drifts."
+    return of_set("SEM565", names, "trained parameters keep their gradient after the update", "none", why)
+
+
+def moved(session: Session, before: Before, gradients: dict[str, Tensor | None]) -> Iterator[Finding]:
+    """NUM605: numbers with a gradient that two updates leave where they are."""
+    with_gradient, unmoved, worst = 0, 0, []
+    for name, parameter in session.trained.items():
+        gradient = gradients[name]
+        if gradient is None or _DEAD.search(name):
+            continue
+        pulled = gradient != 0
+        stays = int((pulled & (parameter.detach() == before.weights[name].to(parameter.device))).sum())
+        with_gradient, unmoved = with_gradient + int(pulled.sum()), unmoved + stays
+        worst += [name] if stays * 2 > pulled.sum() else []
+    if not with_gradient or unmoved / with_gradient < _UNMOVED / 10:
+        return
+    share, some = unmoved / with_gradient, next(iter(session.trained.values()))
+    got = f"{share:.0%} of the numbers with a gradient stay where they are in {STEPS} updates at train.lr={session.config.train.lr:g}"
+    why = (
+        f"An update smaller than the spacing of {str(some.dtype).removeprefix('torch.')} around the weight is rounded away "
+        "(0.02 - 1e-5 is 0.02 in bfloat16), or the optimizer does not hold them."
+    )
+    severity, where = "error" if share >= _UNMOVED else "warning", (worst or [next(iter(session.trained))])[0]
+    fix = "Keep trained parameters in float32, or raise train.lr."
+    yield Finding("NUM605", severity, where, got, "all of them move", why, fix)
+
+
+def averaged(session: Session, before: Before) -> Iterator[Finding]:
+    """SEM564: averages that stay while the weights move."""
+    if session.ema is None:
+        return
+    still = [
+        torch.equal(average.cpu(), old) for average, old in zip(session.ema.shadow_params, before.averages, strict=True)
+    ]
+    if all(still):
+        got = f"none of the {len(still)} averages moved in {STEPS} updates"
+        why = "The averages are what is sampled and exported: the result would be the untouched base."
+        fix = "Call ema.step after each update with the parameters that the optimizer moves."
+        yield Finding("SEM564", "error", "train.ema", got, "averages that follow the weights", why, fix)
+
+
+def held(session: Session) -> Iterator[Finding]:
+    """SEM563: the optimizer holds exactly the trained parameters, which are the network's own, and at train.lr."""
+    schedule: Any = session.schedule
+    lr, rates = session.config.train.lr, [float(rate) for rate in schedule.base_lrs]
+    if any(rate != lr for rate in rates):
+        got, why = (
+            f"a peak of {', '.join(f'{rate:g}' for rate in rates)}",
+            "The run would train at another rate than asked for.",
+        )
+        yield Finding("SEM563", "error", "train.lr", got, f"{lr:g}", why, "Hand train.lr to the optimizer as it is.")
+    in_optimizer = {id(parameter) for group in raw_optimizer(session).param_groups for parameter in group["params"]}
+    own = {id(parameter): name for name, parameter in session.trained.items()}
+    open_ = {
+        id(parameter): name for name, parameter in session.model.unet.named_parameters() if parameter.requires_grad
+    }
+    if in_optimizer == own.keys() == open_.keys():
+        return
+    everywhere = in_optimizer & own.keys() & open_.keys()
+    missing = [name for key, name in {**own, **open_}.items() if key not in everywhere]
+    got = f"the optimizer holds {len(in_optimizer)} parameters, {len(own)} are trained, {len(open_)} of the UNet require a gradient"
+    why = "What is not in all three gets gradients and never moves, or moves and is not saved."
+    fix = "Build the optimizer from what svdtune/model/adapt.py:adapt returns, after the UNet is on its device."
+    yield Finding(
+        "SEM563", "error", missing[0] if missing else "train.optimizer", got, "one and the same set", why, fix
+    )
+
+
+def of_set(code: str, names: Sequence[str], got: str, expected: str, why: str) -> list[Finding]:
+    """One finding about `names`, or none where there are none."""
+    if not names:
+        return []
+    got = f"{len(names)} {got}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return [
+        Finding(code, "error", names[0], got, expected, why, "Mend what lies between these parameters and the loss.")
+    ]
+
+
+def raw_optimizer(session: Session) -> torch.optim.Optimizer:
+    """The optimizer without accelerate's wrapper."""
+    optimizer: Any = session.optimizer
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,123 @@
+"""What the step computes in, and where a number first stopped being one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdtune.contracts import Draws, VideoBatch
+from svdtune.guards.findings import Finding
+from svdtune.guards.live.observe import Observed, hooks
+from svdtune.trainer.step import Parts, train_step
+
+_RECORDS = (
+    "encoded.latents",
+    "unet_input.timestep",
+    "unet_input.added_time_ids",
+    "prediction.model_output",
+    "prediction.target",
+    "loss_per_clip",
+    "loss",
+)
+
+
+def check_precision(seen: Observed, parts: Parts) -> Iterator[Finding]:
+    """NUM602: the VAE. NUM603: the path of the loss. NUM604: the UNet's compute type."""
+    vae = {_short(seen.dtypes["vae"]), *(_short(parameter.dtype) for parameter in parts.vae.encoder.parameters())}
+    if vae != {"float32"}:
+        yield Finding("NUM602", "error", "VAE", f"it encodes in {', '.join(sorted(vae))}", "float32",
+                      "In fp16 SVD's VAE overflows to NaN on bright pictures, in bf16 its latents are off by more than 1 %.",
+                      "Leave the VAE in float32 and switch autocast off around it "
+                      "(svdtune/diffusion/conditioning.py:posterior does).")  # fmt: skip
+    for name in _RECORDS:
+        record: Any = seen.result
+        for part in name.split("."):
+            record = getattr(record, part)
+        if record.dtype != torch.float32:
+            yield Finding("NUM603", "error", f"StepResult.{name}", _short(record.dtype), "float32",
+                          "sigma runs over six decades: its square is infinite in fp16, and the loss is off by percents in bf16.",
+                          "Compute sigma, the scalings, v and the loss in float32, whatever the UNet's type.")  # fmt: skip
+    if seen.dtypes["unet"] != parts.dtype:
+        yield Finding("NUM604", "error", "UNet", f"it computes in {_short(seen.dtypes['unet'])}",
+            f"{_short(parts.dtype)}, from train.precision",
+                      "Memory and speed are planned for that type; in float32 a step takes about twice of both.",
+                      "Look for an autocast that is switched off, or an input that is cast, around the UNet "
+                      "(svdtune/trainer/step.py:predict).")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """Where values first stopped being finite."""
+
+    module: str
+    """Path of the module, `unet.mid_block.resnets.0`, or a record."""
+    kind: str
+    """`output` (forward) or `gradient` (backward)."""
+    given: str
+    """How large what it was given is."""
+
+    def __str__(self) -> str:
+        direction = "its output" if self.kind == "output" else "the gradient of its output"
+        return f"The first value that is not finite is in {self.module}: {direction}{self.given}."
+
+
+def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws) -> Culprit | None:
+    """Run the step once more, forward and backward, each module watched; None when all is finite now.
+
+    `parts.unet` is the unwrapped network. Gradients that this leaves are removed.
+    """
+    for record in (batch, draws):
+        for name, value in vars(record).items():
+            if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                return Culprit(f"{type(record).__name__}.{name}", "output", ", before any network")
+    found: list[Culprit] = []
+    with hooks() as add:
+        for part in ("vae", "image_encoder", "unet"):
+            for name, module in getattr(parts, part).named_modules():
+                add(module.register_forward_hook(_watch(f"{part}.{name}" if name else part, found)))
+        result = train_step(parts, batch, draws)
+        if not found and not bool(result.loss.isfinite()):
+            found.append(Culprit("the loss", "output", ", and every network's output is finite"))
+        result.loss.backward()
+    for parameter in parts.unet.parameters():
+        parameter.grad = None
+    return found[0] if found else None
+
+
+def _watch(name: str, found: list[Culprit]) -> Any:
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        for tensor in _tensors(output):
+            if not found and not bool(tensor.isfinite().all()):
+                found.append(Culprit(name, "output", _given(args)))
+            if tensor.requires_grad:
+                tensor.register_hook(backward)
+
+    def backward(gradient: Tensor) -> None:
+        if not found and not bool(gradient.isfinite().all()):
+            found.append(Culprit(name, "gradient", ""))
+
+    return after
+
+
+def _given(args: Any) -> str:
+    largest = [float(tensor.abs().max()) for tensor in _tensors(args) if tensor.is_floating_point()]
+    return f" (its input is finite, up to {max(largest):.3g})" if largest and all(map(_finite, largest)) else ""
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _tensors(value: Any) -> Sequence[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

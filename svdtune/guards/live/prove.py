@@ -1,0 +1,162 @@
+"""The built run, proved before its first update: one observed step, two updates that are taken back, all ranks compared."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from svdtune.config.load import with_overrides
+from svdtune.contracts import move
+from svdtune.diffusion.draws import draws_for
+from svdtune.errors import SvdtuneError
+from svdtune.guards.findings import Finding, Stage
+from svdtune.guards.live.observe import Observed, observe
+from svdtune.guards.live.oom import out_of_memory
+from svdtune.guards.live.precision import check_precision, first_not_finite
+from svdtune.guards.live.ranks import RankFacts, check_ranks, facts_of_rank
+from svdtune.guards.live.relations import broken, check_slope, of_dropout, of_step
+from svdtune.guards.live.trial import make_trial, one_backward
+from svdtune.guards.place import place_of
+from svdtune.trainer import loop
+from svdtune.trainer.build import Session
+from svdtune.trainer.loop import Accumulated
+from svdtune.trainer.state import Position
+from svdtune.trainer.step import Parts
+
+_CLIPS = 2
+"""Clips in the observed step, where train.batch_size has them: with one nothing can be mixed up."""
+
+
+@dataclass
+class Proof:
+    """What was found, the same on every rank."""
+
+    stages: list[Stage] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def prove(session: Session, position: Position) -> Proof:
+    """All live stages. Called on every rank; leaves the session as it was, equal to the bit.
+
+    A resumed run is observed and its ranks are compared; its two updates were proved when it began.
+    """
+    proof, facts, device = Proof(), _Facts(session), session.accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        _stage(session, proof, "meaning", lambda: check_meaning(session, position))
+        if not _failed(proof):
+            _stage(session, proof, "gradients", lambda: _gradients(session, position, proof, facts))
+        if not _failed(proof) and facts.taken is not None:
+            taken = facts.taken
+            _stage(session, proof, "ranks", lambda: check_ranks(taken), everywhere=True)
+    return proof
+
+
+def check_meaning(session: Session, position: Position) -> Iterator[Finding]:
+    """SEM5xx and NUM6xx of one observed step on the first clips."""
+    parts = replace(session.parts, unet=session.model.unet)
+    config, device = session.config, session.accelerator.device
+    few = with_overrides(config, ["data.workers=0", f"train.batch_size={min(config.train.batch_size, _CLIPS)}"])
+    batch = next(loop.loader_from(replace(session, config=few), position))
+    draws = draws_for(batch, parts.facts, config)
+    batch, draws = move(batch, device), move(draws, device)
+    seen = observe(parts, batch, draws)
+    if not bool(seen.result.loss.isfinite()):
+        yield _not_finite(parts, seen)
+        return
+    yield from broken(of_step(seen, parts, config))
+    yield from _once(broken(of_dropout(seen, parts)))
+    yield from check_slope(parts, batch, draws)
+    yield from check_precision(seen, parts)
+
+
+def _once(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The first of each code: four combinations of dropout tell the same mistake."""
+    told: set[str] = set()
+    for finding in findings:
+        if finding.code not in told:
+            told.add(finding.code)
+            yield finding
+
+
+def _not_finite(parts: Parts, seen: Observed) -> Finding:
+    culprit = first_not_finite(parts, seen.batch, seen.draws)
+    return Finding("NUM606", "error", culprit.module if culprit else "StepResult.loss", str(culprit or "the loss is not finite"),
+        "finite numbers",
+                   f"No update can be made from it. Clips: {', '.join(seen.batch.names)}.",
+                   "Weights with infinite or NaN entries: copy the base again. Overflow in fp16: train.precision=bf16.")  # fmt: skip
+
+
+class _Facts:
+    """What one rank knows where the gradients of the first trial update are there."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.taken: RankFacts | None = None
+
+    def take(self, accumulated: Accumulated) -> None:
+        if self.session.accelerator.num_processes == 1:
+            return
+        noise = ["noise=" + "/".join(f"{number:.8g}" for number in row) for row in accumulated.noise.tolist()]
+        self.taken = facts_of_rank(
+            self.session, accumulated.samples.tolist(), accumulated.names, noise, accumulated.sigmas.tolist()
+        )
+
+
+def _gradients(session: Session, position: Position, proof: Proof, facts: _Facts) -> Iterator[Finding]:
+    trial = (
+        make_trial(session, position, facts.take) if position.step == 0 else one_backward(session, position, facts.take)
+    )
+    if trial.measured is not None:
+        proof.measured = trial.measured.as_json(session, position)
+    yield from trial.findings
+
+
+def _stage(session: Session, proof: Proof, name: str, check: Callable[[], Any], *, everywhere: bool = False) -> None:
+    """Run `check`; the findings of all ranks, each once. `everywhere`: the check gives every rank the same already."""
+    started = time.perf_counter()
+    found = _run(session, name, check)
+    everyone = found if everywhere else _gathered(session, found)
+    failed = any(
+        finding.severity == "error" and finding.code not in session.config.preflight.ignore for finding in everyone
+    )
+    proof.findings += everyone
+    proof.stages.append(Stage(name, round(time.perf_counter() - started, 3), "failed" if failed else "ok"))
+
+
+def _run(session: Session, name: str, check: Callable[[], Any]) -> list[Finding]:
+    try:
+        return list(check())
+    except torch.OutOfMemoryError as error:
+        return [out_of_memory(session.config, error, session.accelerator.device)]
+    except SvdtuneError as error:
+        return [Finding("SHP401", "error", place_of(error) or f"stage {name}", str(error), "a step that passes")]
+    except Exception as error:  # whatever the step raises here it would raise in the run
+        traceback.print_exception(error, file=sys.stderr)
+        return [Finding("SHP401", "error", place_of(error) or f"stage {name}", f"{type(error).__name__}: {error}", "a step that passes",
+                        "It is the real step of training on your clips.")]  # fmt: skip
+
+
+def _gathered(session: Session, found: Sequence[Finding]) -> list[Finding]:
+    if session.accelerator.num_processes == 1:
+        return list(found)
+    everyone: list[tuple[int, Finding]] = gather_object(
+        [(session.accelerator.process_index, finding) for finding in found]
+    )
+    first: dict[tuple[str, str], Finding] = {}
+    for rank, finding in everyone:
+        first.setdefault(
+            (finding.code, finding.where), replace(finding, got=f"rank {rank}: {finding.got}") if rank else finding
+        )
+    return list(first.values())
+
+
+def _failed(proof: Proof) -> bool:
+    return any(stage.status == "failed" for stage in proof.stages)

@@ -1,0 +1,133 @@
+"""Whether a checkpoint loads back as what it was, and whether recomputation leaves the gradients alone."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdtune.checkpoint import state as disk
+from svdtune.config.load import resolved_yaml
+from svdtune.contracts import Draws, VideoBatch, move
+from svdtune.diffusion.draws import draws_for
+from svdtune.guards.findings import Finding
+from svdtune.guards.live.learning import STEPS, of_set, raw_optimizer
+from svdtune.trainer import loop, state
+from svdtune.trainer.build import Session
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.state import Position
+from svdtune.trainer.step import train_step
+
+_SAVED = 2**28
+"""Bytes of trained parameters up to which the whole state is saved and loaded; of more, the weights of some."""
+_APART = 0.02
+"""Relative difference of gradients with and without recomputation: the same kernels in the same order differ by nothing."""
+
+
+def saved(session: Session, position: Position) -> list[Finding]:
+    """SEM566: what is written and loaded again is what it was, through the functions of saving and resuming."""
+    total = sum(parameter.nbytes for parameter in session.trained.values())
+    before = {name: parameter.detach().clone() for name, parameter in _some(session).items()}
+    with tempfile.TemporaryDirectory(prefix="svdtune-trial-") as work, torch.no_grad():
+        changed = _whole(session, position, Path(work)) if total <= _SAVED else _weights(session, Path(work))
+    changed = [name for name, value in before.items() if not torch.equal(session.trained[name], value)] + changed
+    why = "A resumed run would go on from other weights than it had."
+    expected = "a checkpoint that loads back equal to the bit"
+    return of_set("SEM566", changed, "parts of a checkpoint differ after it is loaded", expected, why)
+
+
+def _whole(session: Session, position: Position, work: Path) -> list[str]:
+    """Save everything, spoil it, load it; what has changed beside the weights."""
+    raw, ema = raw_optimizer(session), session.ema
+    moments = {parameter: copy.deepcopy(values) for parameter, values in raw.state.items()}
+    averages = [average.clone() for average in ema.shadow_params] if ema else []
+    after = Position(position.step + STEPS, position.samples)
+    folder = state.save(replace(session, folder=RunFolder(work)), after, resolved_yaml(session.config))
+    _spoil([*session.trained.values(), *(ema.shadow_params if ema else []), *_tensors_of(raw.state)])
+    state.restore(session, folder)
+    same = not ema or all(map(torch.equal, ema.shadow_params, averages))
+    return [*_different(raw.state, moments), *([] if same else ["averages"])]
+
+
+def _weights(session: Session, work: Path) -> list[str]:
+    """The same for some of many weights."""
+    disk.save_trained(work, _some(session), lora=session.config.adapt.method == "lora")
+    _spoil(_some(session).values())
+    disk.load_trained(work, _some(session))
+    return []
+
+
+def _some(session: Session) -> dict[str, nn.Parameter]:
+    """Trained parameters up to the limit, spread over the network."""
+    total = sum(parameter.nbytes for parameter in session.trained.values())
+    stride = -(-total // _SAVED)
+    return dict(list(session.trained.items())[::stride])
+
+
+def _spoil(tensors: Any) -> None:
+    for tensor in tensors:
+        tensor.add_(1)
+
+
+def _tensors_of(states: Any) -> list[Tensor]:
+    found = [value for values in states.values() for value in values.values() if isinstance(value, Tensor)]
+    return [value for value in found if value.is_floating_point()]
+
+
+def _different(now: Any, before: Any) -> list[str]:
+    pairs = [(now[parameter][key], old) for parameter, values in before.items() for key, old in values.items()]
+    same = [torch.equal(new, old) if isinstance(old, Tensor) else new == old for new, old in pairs]
+    return [] if all(same) and now.keys() == before.keys() else ["optimizer state"]
+
+
+def recomputed(session: Session, position: Position) -> list[Finding]:
+    """SEM567: gradients with recomputation are those without, on two small frames."""
+    unet = session.model.unet
+    if not unet.is_gradient_checkpointing:
+        return []
+    batch = next(loop.loader_from(session, position))
+    side = session.parts.facts.f * 2 ** (len(session.model.configs.unet["block_out_channels"]) - 1)
+    batch = replace(
+        batch,
+        pixels=batch.pixels[:1, :2, :, :side, :side].contiguous(),
+        **{n: getattr(batch, n)[:1] for n in ("fps", "motion_bucket", "sample", "names")},
+    )
+    if batch.pixels.shape[3] != side or batch.pixels.shape[4] != side:
+        return []  # smaller than the UNet's deepest level
+    draws = draws_for(batch, session.parts.facts, session.config)
+    device = session.accelerator.device
+    with_it = _norms(session, move(batch, device), move(draws, device))
+    blocks: list[Any] = [module for module in unet.modules() if getattr(module, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.gradient_checkpointing = False
+    try:
+        without = _norms(session, move(batch, device), move(draws, device))
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = True
+    apart = {name: abs(with_it.get(name, 0.0) - norm) for name, norm in without.items()}
+    scale = max(without.values(), default=0.0)
+    wrong = [name for name, difference in apart.items() if difference > _APART * max(without[name], scale * 1e-3)]
+    wrong = wrong or sorted(with_it.keys() ^ without.keys())
+    got, why = (
+        f"of {len(without)} gradients change with memory.checkpointing",
+        "Recomputation only saves memory; here it changes what is learned.",
+    )
+    return of_set("SEM567", wrong, got, "the same gradients", why)
+
+
+def _norms(session: Session, batch: VideoBatch, draws: Draws) -> dict[str, float]:
+    """Norm of each trained parameter's gradient."""
+    with torch.random.fork_rng([batch.pixels.device] if batch.pixels.is_cuda else []):
+        torch.manual_seed(0)
+        train_step(replace(session.parts, unet=session.model.unet), batch, draws).loss.backward()
+    there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
+    norms = torch.stack([gradient.float().norm() for gradient in there.values()]).tolist() if there else []
+    for parameter in session.trained.values():
+        parameter.grad = None
+    return dict(zip(there, norms, strict=True))

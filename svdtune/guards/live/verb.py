@@ -1,0 +1,106 @@
+"""The live stages without a training: the run is built as `train` builds it, proved or probed, and let go."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import set_seed
+
+from svdtune.config.load import with_overrides
+from svdtune.config.schema import Config
+from svdtune.contracts import move
+from svdtune.data.catalog import scan
+from svdtune.errors import PreflightError, SvdtuneError
+from svdtune.guards.findings import Report, Stage
+from svdtune.guards.live.probe import as_findings, probe, render_rows
+from svdtune.guards.live.prove import prove
+from svdtune.model.files import cached_folder
+from svdtune.model.load import local_folder
+from svdtune.trainer import loop
+from svdtune.trainer.build import Session, build, dismiss, make_accelerator
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.state import Position
+from svdtune.trainer.validate import inference
+
+Result = TypeVar("Result")
+LIGHT_GIB = 2.0
+"""A run that needs no more is built on a CPU too; a larger one would take many minutes there."""
+_CLIPS, _DRAWS = 8, 6
+"""Clips, and noise levels of each, that the probe asks the base about."""
+
+
+def with_live(config: Config, report: Report) -> Report:
+    """`report` and the live stages, or why they do not run here."""
+    if reason := objection(config, report.predicted.get("peak_gib")):
+        return replace(report, stages=[*report.stages, Stage("live", 0.0, "skipped", reason)])
+    return proved(config, report)
+
+
+def proved(config: Config, report: Report) -> Report:
+    """`report` and the live stages."""
+    proof = built(config, lambda session: prove(session, Position()))
+    kept = [finding for finding in proof.findings if finding.code not in config.preflight.ignore]
+    ignored = [finding for finding in proof.findings if finding.code in config.preflight.ignore]
+    return replace(
+        report, stages=[*report.stages, *proof.stages], findings=[*report.findings, *kept], ignored=[*report.ignored, *ignored],
+        measured=proof.measured
+    )  # fmt: skip
+
+
+def probed(config: Config) -> tuple[str, Report]:
+    """The table of conventions for a person, and its findings. The base is asked as it is: adapters start at zero."""
+
+    def ask(session: Session) -> Any:
+        quiet = replace(session, config=with_overrides(config, ["data.workers=0", "train.batch_size=1"]))
+        batches = [batch for batch, _ in zip(loop.loader_from(quiet, Position()), range(_CLIPS), strict=False)]
+        device = session.accelerator.device
+        with inference(session):
+            parts = replace(session.parts, unet=session.model.unet)
+            return probe(parts, [move(batch, device) for batch in batches], config, draws=_DRAWS)
+
+    rows = built(config, ask)
+    return render_rows(rows), Report([Stage("probe", 0.0, "ok")], as_findings(rows))
+
+
+def objection(config: Config, peak_gib: float | None) -> str:
+    """Why the run is not built here, or nothing."""
+    if not _weights_are_here(config):
+        return "the weights are not on this machine"
+    if torch.cuda.is_available():
+        return ""
+    if peak_gib is None or peak_gib > LIGHT_GIB:
+        return (
+            "no GPU is visible; where there is one, this and `svdtune train` run the real step before the first update"
+        )
+    return ""
+
+
+def built(config: Config, use: Callable[[Session], Result]) -> Result:
+    """What `use` makes of the built run; its folder is a temporary one."""
+    with tempfile.TemporaryDirectory(prefix="svdtune-preflight-") as work:
+        elsewhere = with_overrides(config, [f"run.dir={work}", "tracking.backends=[]"])
+        accelerator = make_accelerator(elsewhere)
+        if accelerator.num_processes > 1:
+            raise PreflightError(
+                "`svdtune preflight` looks with one process; `svdtune train` compares the ranks before its first update."
+            )
+        set_seed(config.run.seed)
+        session = build(elsewhere, accelerator, RunFolder(Path(work) / "run"), scan(config.data))
+        result = use(session)
+        del session
+        dismiss(accelerator)
+    return result
+
+
+def _weights_are_here(config: Config) -> bool:
+    if local_folder(config.model.pretrained) is not None:
+        return True
+    with suppress(SvdtuneError, ValueError):
+        return cached_folder(config.model) is not None
+    return False

@@ -1,0 +1,122 @@
+"""What `train` is watched by: the proof before the first update, and findings of the run in findings.jsonl, the log and wandb."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from svdtune.config.load import with_overrides
+from svdtune.contracts import move
+from svdtune.diffusion.draws import draws_for
+from svdtune.errors import PreflightError
+from svdtune.guards.cli import write_report
+from svdtune.guards.findings import Finding, Report
+from svdtune.guards.live.flight import Flight
+from svdtune.guards.live.precision import first_not_finite
+from svdtune.guards.live.prove import prove
+from svdtune.guards.live.ranks import parameters_agree
+from svdtune.guards.render import block, summary_of_proof
+from svdtune.trainer import loop, tracking
+from svdtune.trainer.build import Session
+from svdtune.trainer.state import Position
+from svdtune.trainer.validate import load_frames, sample_folder, to_uint8
+from svdtune.trainer.watch import Seen, Watch
+
+RANKS_EVERY = 100
+"""Optimizer steps between two comparisons of the weights of all ranks."""
+_CLIPS = 4
+"""Training clips that samples are held against."""
+
+
+class Watcher(Watch):
+    """`report` is that of the static stages, on the main process; its findings and those of the proof lie in preflight.json."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.report = report
+        self.flight = Flight()
+        self.clips: list[np.ndarray] = []
+
+    def before(self, session: Session, position: Position) -> None:
+        """Raises PreflightError when the proof fails."""
+        proof = prove(session, position)
+        ignore = session.config.preflight.ignore
+        kept = [finding for finding in proof.findings if finding.code not in ignore]
+        if session.accelerator.is_main_process:
+            static = self.report or Report([], [])
+            told = replace(
+                static,
+                stages=[*static.stages, *proof.stages],
+                findings=[*static.findings, *kept],
+                ignored=[*static.ignored, *(finding for finding in proof.findings if finding.code in ignore)],
+                measured=proof.measured,
+            )
+            write_report(session.config, told)
+        text = "\n\n".join(block(finding) for finding in kept)
+        if any(finding.severity == "error" for finding in kept):
+            raise PreflightError(
+                f"the built run was refused before its first update; the weights are as they were.\n\n{text}"
+            )
+        if session.accelerator.is_main_process:
+            print(*([text] if text else []), summary_of_proof(proof.stages, proof.measured), sep="\n", file=sys.stderr)
+
+    def stepped(self, session: Session, seen: Seen) -> str:
+        """Raises PreflightError when the ranks have come apart. Returns why to stop, when preflight.stop_on says so."""
+        if seen.step % RANKS_EVERY == 0 and (apart := parameters_agree(session, seen.step)):
+            self._tell(session, seen.step, apart)
+            raise PreflightError("\n\n".join(block(finding) for finding in apart))
+        return self._tell(session, seen.step, self.flight.stepped(seen)) if session.accelerator.is_main_process else ""
+
+    def sampled(self, session: Session, step: int, videos: Mapping[str, Path]) -> str:
+        """Samples against training clips of the same size."""
+        if not videos:
+            return ""
+        self.clips = self.clips or _training_clips(session)
+        if step and not self.flight.base:  # a resumed run: the samples of its base lie in the run folder
+            self.flight.sampled(
+                0, _frames({name: sample_folder(session, 0) / path.name for name, path in videos.items()}), self.clips
+            )
+        return self._tell(session, step, self.flight.sampled(step, _frames(videos), self.clips))
+
+    def diverged(self, session: Session, position: Position) -> str:
+        """The module where the first value stopped being finite, on the first rank that has one."""
+        parts = replace(session.parts, unet=session.model.unet)
+        quiet = replace(session, config=with_overrides(session.config, ["data.workers=0"]))
+        batches = loop.loader_from(quiet, position)
+        here = []
+        for _ in range(session.config.train.accumulation):
+            batch = next(batches)
+            draws = draws_for(batch, parts.facts, session.config)
+            device = session.accelerator.device
+            if culprit := first_not_finite(parts, move(batch, device), move(draws, device)):
+                here = [str(culprit)]
+                break
+        return next(iter(gather_object(here)), "")
+
+    def _tell(self, session: Session, step: int, findings: Sequence[Finding]) -> str:
+        """findings.jsonl, the terminal, the trackers; why to stop, when preflight.stop_on names one of them."""
+        preflight, reason = session.config.preflight, ""
+        for finding in findings:
+            if finding.code in preflight.ignore:
+                continue
+            if session.accelerator.is_main_process:
+                session.folder.append_finding({"step": step, **asdict(finding)})
+                print(f"\nstep {step}: {block(finding)}", file=sys.stderr)
+            tracking.log_finding(session, finding.code, block(finding), step)
+            reason = finding.code if finding.code in preflight.stop_on else reason
+        return reason
+
+
+def _frames(videos: Mapping[str, Path]) -> dict[str, np.ndarray]:
+    loaded = {name: load_frames(path) for name, path in videos.items()}
+    return {name: frames for name, frames in loaded.items() if frames is not None}
+
+
+def _training_clips(session: Session) -> list[np.ndarray]:
+    quiet = replace(session, config=with_overrides(session.config, ["data.workers=0", "train.batch_size=1"]))
+    batches = loop.loader_from(quiet, Position())
+    return [to_uint8(batch.pixels[0]) for batch, _ in zip(batches, range(_CLIPS), strict=False)]
