@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from svdtune.config.load import load_config
 from svdtune.config.schema import Config
@@ -45,7 +46,7 @@ def preflight_verb(
     except ConfigError as error:
         report, config, code = _unreadable(path, overrides, error, options), None, ConfigError.exit_code
     else:
-        report = _checked(config, options)
+        report = _checked(config, options, table_to=sys.stderr if as_json else sys.stdout)
         code = 0 if report.ok else PreflightError.exit_code
     _show(report, only=only, as_json=as_json, stages=options.on_stage is None)
     if config is not None and only is None:
@@ -55,7 +56,7 @@ def preflight_verb(
     return code
 
 
-def _checked(config: Config | None, options: Options) -> Report:
+def _checked(config: Config | None, options: Options, table_to: TextIO) -> Report:
     """The static stages and, where nothing is wrong yet, the live ones; or the one that is asked for."""
     if config is not None and options.only in ("live", "probe"):
         from svdtune.guards.live.verb import probed, proved
@@ -63,7 +64,7 @@ def _checked(config: Config | None, options: Options) -> Report:
         if options.only == "live":
             return proved(config, Report([], []))
         table, report = probed(config)
-        print(table, file=sys.stderr)
+        print(table, file=table_to, flush=True)
         return report
     report = run_preflight(config, options)
     if config is None or options.only is not None or not report.ok:

@@ -96,6 +96,8 @@ def added(session: Session, sums: dict[str, Tensor]) -> Iterator[Finding]:
     for name, total in sums.items():
         due: Any = session.accelerator.reduce(total, reduction="mean")
         gradient = session.trained[name].grad
+        if gradient is not None and session.accelerator.num_processes > 1 and torch.equal(gradient, total):
+            continue  # not averaged: the comparison of ranks says it better
         if gradient is None or float((gradient - due).norm()) > 0.02 * float(due.norm()) + 1e-12:
             got = "no gradient is left" if gradient is None else f"its norm is {float(gradient.norm()):.3g}"
             steps = session.config.train.accumulation

@@ -104,7 +104,7 @@ def _watch(name: str, found: list[Culprit]) -> Any:
 
 
 def _given(args: Any) -> str:
-    largest = [float(tensor.abs().max()) for tensor in _tensors(args) if tensor.is_floating_point()]
+    largest = [float(tensor.detach().abs().max()) for tensor in _tensors(args) if tensor.is_floating_point()]
     return f" (its input is finite, up to {max(largest):.3g})" if largest and all(map(_finite, largest)) else ""
 
 

@@ -53,7 +53,7 @@ def prove(session: Session, position: Position) -> Proof:
         _stage(session, proof, "meaning", lambda: check_meaning(session, position))
         if not _failed(proof):
             _stage(session, proof, "gradients", lambda: _gradients(session, position, proof, facts))
-        if not _failed(proof) and facts.taken is not None:
+        if facts.taken is not None:
             taken = facts.taken
             _stage(session, proof, "ranks", lambda: check_ranks(taken), everywhere=True)
     return proof

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,15 +58,22 @@ def probed(config: Config) -> tuple[str, Report]:
     """The table of conventions for a person, and its findings. The base is asked as it is: adapters start at zero."""
 
     def ask(session: Session) -> Any:
-        quiet = replace(session, config=with_overrides(config, ["data.workers=0", "train.batch_size=1"]))
+        quiet = replace(
+            session,
+            config=with_overrides(
+                config, ["data.workers=0", "train.batch_size=1", f"train.steps={config.train.steps + _CLIPS}"]
+            ),
+        )
         batches = [batch for batch, _ in zip(loop.loader_from(quiet, Position()), range(_CLIPS), strict=False)]
         device = session.accelerator.device
         with inference(session):
             parts = replace(session.parts, unet=session.model.unet)
             return probe(parts, [move(batch, device) for batch in batches], config, draws=_DRAWS)
 
+    started = time.perf_counter()
     rows = built(config, ask)
-    return render_rows(rows), Report([Stage("probe", 0.0, "ok")], as_findings(rows))
+    stage = Stage("probe", round(time.perf_counter() - started, 3), "ok")
+    return render_rows(rows), Report([stage], as_findings(rows), measured={"probe": [asdict(row) for row in rows]})
 
 
 def objection(config: Config, peak_gib: float | None) -> str:

@@ -117,6 +117,6 @@ def _frames(videos: Mapping[str, Path]) -> dict[str, np.ndarray]:
 
 
 def _training_clips(session: Session) -> list[np.ndarray]:
-    quiet = replace(session, config=with_overrides(session.config, ["data.workers=0", "train.batch_size=1"]))
-    batches = loop.loader_from(quiet, Position())
+    more = ["data.workers=0", "train.batch_size=1", f"train.steps={session.config.train.steps + _CLIPS}"]
+    batches = loop.loader_from(replace(session, config=with_overrides(session.config, more)), Position())
     return [to_uint8(batch.pixels[0]) for batch, _ in zip(batches, range(_CLIPS), strict=False)]
