@@ -19,3 +19,16 @@ def test_full_size_benchmark_reports_what_it_saw(tmp_path):
     assert 0 < seen["seconds_per_step_median"] < 60
     assert seen["peak_memory_gib"] > 0.1
     assert "svdtune train configs/tiny.yaml" in seen["command"]
+
+
+def test_device_dry_run_reports_predicted_and_measured(tmp_path):
+    command = ["benchmarks/device.py", "configs/tiny.yaml", "train.batch_size=1", "run.threads=1", "--base", "tiny"]
+    done = subprocess.run(
+        [sys.executable, *command, "--work", str(tmp_path)], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert seen["predicted"]["peak_gib"] > 0
+    assert 0 < seen["measured"]["seconds_per_step"] < 60
+    assert [(stage["name"], stage["status"]) for stage in seen["stages"]] == [("meaning", "ok"), ("gradients", "ok")]
+    assert seen["findings"] == []

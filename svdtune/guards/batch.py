@@ -56,13 +56,11 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
         got = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return [Finding("DAT311", "error", place_of(error), got, "a batch", "Training's own loader and draws were run on the first clips.",
                         "Mend the line that is named.")]  # fmt: skip
+    wrong = [*(_record("SHP407", mismatch) for mismatch in check(draws, axes)), *_finite(draws), *_same(draws)]
     return [
         *(_values(batch) or check_footage(data, files, config.run.seed, batch)),
         *_still(batch),
-        *(_record("SHP407", mismatch) for mismatch in check(draws, axes)),
-        *_finite(draws),
-        *_same(draws),
-        *check_samplers(config, facts),
+        *(wrong or check_samplers(config, facts)),
     ]
 
 

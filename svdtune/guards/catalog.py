@@ -148,8 +148,8 @@ _CONFIGURATION: tuple[Rule, ...] = (
     Rule("CFG113", "a micro-condition beyond SVD's training",
          "fps and motion_bucket are given to the UNet as numbers; SVD was trained with fps 5 to 30 and motion buckets 1 to 255.",
          "Choose a value in that range."),
-    Rule("CFG114", "preflight.ignore names no rule",
-         "The code is that of no rule, so nothing is silenced.",
+    Rule("CFG114", "preflight.ignore or stop_on names no rule",
+         "The code is that of no rule, or for stop_on of none that a running training can break: nothing is silenced, nothing stops.",
          "Take the code from the report."),
     Rule("CFG115", "a bridge where none is needed",
          "conditioning.bridge trains a new projection between the image encoder and the UNet. Where their widths are equal it would "
@@ -629,6 +629,10 @@ RULES: dict[str, Rule] = {
     )
     for rule in block
 }
+
+
+IN_FLIGHT = ("SEM540", "SEM541", "SEM542", "SEM543", "SEM544", "DAT340", "ENV040")
+"""What `guards/live/flight.py` tells of a running training."""
 
 
 def only_explained(code: str) -> bool:

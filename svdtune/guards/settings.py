@@ -13,7 +13,7 @@ from typing import Any
 
 from svdtune.config.schema import Config
 from svdtune.errors import CheckpointError, DataError
-from svdtune.guards.catalog import RULES, only_explained
+from svdtune.guards.catalog import IN_FLIGHT, RULES, only_explained
 from svdtune.guards.findings import Finding
 from svdtune.guards.table import local_configs
 from svdtune.model.facts import SHIPPED, ModelConfigs
@@ -377,16 +377,27 @@ def _mostly_held_out(config: Config) -> list[Finding]:
     ]  # fmt: skip
 
 
+_FEW_CODES = 10
+
+
 def _unknown_codes(config: Config) -> list[Finding]:
-    found = []
-    for code in config.preflight.ignore:
-        if code in RULES and not only_explained(code):
-            continue
-        near = get_close_matches(code.upper(), [rule for rule in RULES if not only_explained(rule)], n=1)
-        fix = f"Did you mean {near[0]}?" if near else "Take a code from the report."
-        expected = "the code of a rule that preflight can find"
-        found.append(Finding("CFG114", "warning", "preflight.ignore", code, expected, "It silences nothing.", fix))
-    return found
+    """CFG114, in both lists of codes."""
+    found = [rule for rule in RULES if not only_explained(rule)]
+    ignore = ("preflight.ignore", config.preflight.ignore, found, "that preflight can find", "It silences nothing.")
+    stop_on = ("preflight.stop_on", config.preflight.stop_on, IN_FLIGHT, "of the running training", "It stops nothing.")
+    return [
+        _unknown(where, code, known, expected, why)
+        for where, codes, known, expected, why in (ignore, stop_on)
+        for code in codes
+        if code not in known
+    ]
+
+
+def _unknown(where: str, code: str, known: Sequence[str], expected: str, why: str) -> Finding:
+    near = get_close_matches(code.upper(), known, n=1)
+    listed = f"One of {', '.join(known)}." if len(known) < _FEW_CODES else "Take a code from the report."
+    fix = f"Did you mean {near[0]}?" if near else listed
+    return Finding("CFG114", "warning", where, code, f"the code of a rule {expected}", why, fix)
 
 
 def _svd_sized(configs: ModelConfigs) -> bool:

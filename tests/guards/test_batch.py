@@ -49,7 +49,8 @@ def test_pictures_that_are_shown_again(tiny, monkeypatch, pictures, same, why):
         return replace(batch, pixels=batch.pixels[:, pictures])
 
     monkeypatch.setattr(loader, "_video_batch", held)
-    found = check_clips(tiny())
+    # The file itself shows each picture once, which is another finding.
+    found = [finding for finding in check_clips(tiny()) if finding.code != "SEM521"]
     if not same:
         assert found == []
         return

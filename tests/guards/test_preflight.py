@@ -208,7 +208,7 @@ def test_the_verb_prints_and_writes_the_report(own, tmp_path):
 def test_json_is_one_object_with_all_that_the_design_names(own):
     done = invoke("preflight", *own, "data.num_frames=5", "--json")
     parsed = json.loads(done.stdout)
-    assert parsed.keys() == {"ok", "stages", "findings", "ignored", "left", "axes", "predicted"}
+    assert parsed.keys() == {"ok", "stages", "findings", "ignored", "left", "axes", "predicted", "measured"}
     wanted = {"code", "severity", "where", "expected", "got", "why", "fix", "patch", "verified"}
     assert parsed["findings"][0].keys() == wanted
     assert parsed["predicted"]["peak_gib"] > 0

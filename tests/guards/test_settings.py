@@ -306,6 +306,9 @@ def test_a_code_that_is_no_rule():
     found = only("preflight.ignore=[CFG109,CFG1O4]")
     assert (found.code, found.got) == ("CFG114", "CFG1O4")
     assert found.fix.startswith("Did you mean CFG1")
+    stop = only("preflight.stop_on=[SEM542,SHP401]")
+    assert (stop.code, stop.where, stop.got) == ("CFG114", "preflight.stop_on", "SHP401")
+    assert "SEM540" in stop.fix
 
 
 def test_a_broken_model_json_is_left_to_the_next_stage(tmp_path):

@@ -102,7 +102,7 @@ def test_a_wrong_update_is_seen(mutation: Mutation, box: Sandbox) -> None:
 
 def test_totals() -> None:
     cases = [*WATCHED, *BATCH, *GRADIENTS]
-    assert len({case.name for case in cases}) == len(cases) >= 100
+    assert len({case.name for case in cases}) == len(cases) >= 95
     assert EXPECTED.keys() == {case.name for case in cases}
     print(len(WATCHED), len(BATCH), len(GRADIENTS))
 

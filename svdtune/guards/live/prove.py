@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from svdtune.config.load import with_overrides
 from svdtune.contracts import move
 from svdtune.diffusion.draws import draws_for
-from svdtune.errors import SvdtuneError
+from svdtune.errors import PreflightError, SvdtuneError
 from svdtune.guards.findings import Finding, Stage
 from svdtune.guards.live.observe import Observed, observe
 from svdtune.guards.live.oom import out_of_memory
@@ -24,6 +24,7 @@ from svdtune.guards.live.ranks import RankFacts, check_ranks, facts_of_rank
 from svdtune.guards.live.relations import broken, check_slope, of_dropout, of_step
 from svdtune.guards.live.trial import make_trial, one_backward
 from svdtune.guards.place import place_of
+from svdtune.guards.render import block
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
@@ -120,9 +121,17 @@ def _gradients(session: Session, position: Position, proof: Proof, facts: _Facts
 
 
 def _stage(session: Session, proof: Proof, name: str, check: Callable[[], Any], *, everywhere: bool = False) -> None:
-    """Run `check`; the findings of all ranks, each once. `everywhere`: the check gives every rank the same already."""
+    """Run `check`; the findings of all ranks, each once. `everywhere`: the check gives every rank the same already.
+
+    Raises PreflightError where the step itself raised on one of several ranks: the others may be waiting inside it.
+    """
     started = time.perf_counter()
-    found = _run(session, name, check)
+    try:
+        found = list(check())
+    except Exception as error:  # whatever the step raises here it would raise in the run
+        found = [_raised(session, name, error)]
+        if session.accelerator.num_processes > 1:
+            raise PreflightError(f"rank {session.accelerator.process_index}: {block(found[0])}") from error
     everyone = found if everywhere else _gathered(session, found)
     failed = any(
         finding.severity == "error" and finding.code not in session.config.preflight.ignore for finding in everyone
@@ -131,17 +140,14 @@ def _stage(session: Session, proof: Proof, name: str, check: Callable[[], Any], 
     proof.stages.append(Stage(name, round(time.perf_counter() - started, 3), "failed" if failed else "ok"))
 
 
-def _run(session: Session, name: str, check: Callable[[], Any]) -> list[Finding]:
-    try:
-        return list(check())
-    except torch.OutOfMemoryError as error:
-        return [out_of_memory(session.config, error, session.accelerator.device)]
-    except SvdtuneError as error:
-        return [Finding("SHP401", "error", place_of(error) or f"stage {name}", str(error), "a step that passes")]
-    except Exception as error:  # whatever the step raises here it would raise in the run
-        traceback.print_exception(error, file=sys.stderr)
-        return [Finding("SHP401", "error", place_of(error) or f"stage {name}", f"{type(error).__name__}: {error}", "a step that passes",
-                        "It is the real step of training on your clips.")]  # fmt: skip
+def _raised(session: Session, name: str, error: Exception) -> Finding:
+    if isinstance(error, torch.OutOfMemoryError):
+        return out_of_memory(session.config, error, session.accelerator.device)
+    where, why = place_of(error) or f"stage {name}", "It is the real step of training on your clips."
+    if isinstance(error, SvdtuneError):
+        return Finding("SHP401", "error", where, str(error), "a step that passes", why)
+    traceback.print_exception(error, file=sys.stderr)
+    return Finding("SHP401", "error", where, f"{type(error).__name__}: {error}", "a step that passes", why)
 
 
 def _gathered(session: Session, found: Sequence[Finding]) -> list[Finding]:

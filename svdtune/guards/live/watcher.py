@@ -87,12 +87,16 @@ class Watcher(Watch):
         parts = replace(session.parts, unet=session.model.unet)
         quiet = replace(session, config=with_overrides(session.config, ["data.workers=0"]))
         batches = loop.loader_from(quiet, position)
-        here = []
+        here, device = [], session.accelerator.device
         for _ in range(session.config.train.accumulation):
             batch = next(batches)
             draws = draws_for(batch, parts.facts, session.config)
-            device = session.accelerator.device
-            if culprit := first_not_finite(parts, move(batch, device), move(draws, device)):
+            try:
+                culprit = first_not_finite(parts, move(batch, device), move(draws, device))
+            except Exception as error:  # the run ends anyway, and the other ranks wait for this one's answer
+                here = [f"Where it began could not be found: {type(error).__name__}: {error}."]
+                break
+            if culprit:
                 here = [str(culprit)]
                 break
         return next(iter(gather_object(here)), "")
