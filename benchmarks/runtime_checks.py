@@ -83,7 +83,8 @@ def one_step(session: Session, batches: Iterator[VideoBatch], watch: Watch) -> f
     started = time.perf_counter()
     accumulated = loop.accumulate(session, batches)
     norm, report = loop.update(session, accumulated, stop=False)
-    watch.stepped(session, Seen(1, report, norm, time.perf_counter() - started, accumulated.waited))
+    clips = accumulated.samples, accumulated.noise, accumulated.names
+    watch.stepped(session, Seen(1, report, norm, time.perf_counter() - started, accumulated.waited, *clips))
     return time.perf_counter() - started
 
 

@@ -416,6 +416,9 @@ _MODULES: tuple[Rule, ...] = (
 )
 
 _SEMANTICS: tuple[Rule, ...] = (
+    Rule("SEM522", "samples that do not go through the footage",
+         "Each file comes once in an epoch, in another order in the next, and its clips start at changing moments.",
+         "svdtune/data/dataset.py."),
     Rule("SEM540", "the loss jumped",
          "Losses vary widely with noise level and clip, so each is compared with the last ones of its own noise levels; several steps in a "
          "row, or one extreme one, left their spread.",
@@ -524,6 +527,10 @@ _SEMANTICS: tuple[Rule, ...] = (
     Rule("SEM568", "micro-steps that do not add up to the mean",
          "The gradient of an update is that of the mean loss over train.accumulation micro-steps and all ranks.",
          "svdtune/trainer/loop.py:accumulate."),
+    Rule("SEM569", "an update that is not what the configuration says",
+         "Clipped to train.clip_norm as one vector, one step of AdamW with train.betas and decoupled train.weight_decay, one tick of the "
+         "schedule, averages with their own decay, LoRA scaled by alpha / rank, every micro-step with clips and noise of its own.",
+         "svdtune/trainer/loop.py, svdtune/trainer/optimizer.py, svdtune/model/adapt.py."),
     Rule("SEM590", "the base does better with a convention broken",
          "The untouched base was run on clips of this run as they are and with one convention broken on purpose, on the same noise: it "
          "should lose by that. Where it gains, footage or settings may be what the broken convention says, or unlike what the base knows.",

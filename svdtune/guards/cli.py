@@ -67,8 +67,8 @@ def _checked(config: Config | None, options: Options, table_to: TextIO) -> Repor
         print(table, file=table_to, flush=True)
         return report
     report = run_preflight(config, options)
-    if config is None or options.only is not None or not report.ok:
-        return report
+    if config is None or options.only is not None or not report.ok or options.device_bytes is not None:
+        return report  # --gpu asks about another machine's card
     from svdtune.guards.live.verb import with_live
 
     whole = with_live(config, report)

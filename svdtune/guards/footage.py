@@ -17,6 +17,7 @@ from torch import Tensor
 from svdtune.config.schema import Data
 from svdtune.contracts import VideoBatch
 from svdtune.data.catalog import clip_name
+from svdtune.data.clips import start_frames
 from svdtune.data.dataset import ClipDataset
 from svdtune.data.index import VideoIndex
 from svdtune.guards.findings import Finding
@@ -27,6 +28,13 @@ _AROUND = 1.0
 """Seconds decoded before and behind the clip."""
 _COLOUR, _ORDER = 0.004, 0.0002
 """Mean differences, of a range of 2, that resizing and rounding leave: in one picture, and more in its place than in the nearest."""
+_SHOWN = 8
+_EPOCH = 200
+"""Samples of an epoch that are looked at."""
+_SAME_BY_CHANCE = 8
+"""So many files or moments hardly ever come in the same order twice, or to one of them."""
+_ROUNDING = 1e-6
+"""Seconds."""
 _OTHER = 0.04
 """A mean difference from which on these are other pictures."""
 
@@ -43,21 +51,57 @@ class _Film:
 
 def check_footage(data: Data, files: Sequence[VideoIndex], seed: int, batch: VideoBatch) -> list[Finding]:
     """SEM520: other colours than the file's. SEM521: frames out of order, repeated, or at another rate than data.fps."""
-    name, sample = batch.names[0], int(batch.sample[0])
     dataset = ClipDataset(data, tuple(files), seed)
-    index = next((file for file in files if clip_name(file, data) == name), None)
-    if index is None or not index.orientation.upright or index is not dataset.file_of(sample):
-        return []  # a replacement for a damaged clip, or a rotated file: nothing to hold it against
+    for name, sample, pixels in zip(batch.names, batch.sample.tolist(), batch.pixels, strict=True):
+        if found := _check_clip(dataset, name, sample, pixels):
+            return found  # the other clips would say the same
+    return _check_epochs(dataset)
+
+
+def _check_epochs(dataset: ClipDataset) -> list[Finding]:
+    """SEM522: each file once in an epoch, in another order in the next, and from changing moments on."""
+    count = min(len(dataset.files), _EPOCH)
+    first, second = ([dataset.file_of(epoch * len(dataset.files) + i).path for i in range(count)] for epoch in (0, 1))
+    if count < len(dataset.files):
+        told = "a file comes twice in an epoch" if len(set(first)) < count else ""
+    else:
+        told = (
+            ""
+            if len(set(first)) == len(set(second)) == count
+            else f"{len(set(first))} of {count} files come in an epoch"
+        )
+    if not told and count > _SAME_BY_CHANCE and first == second:
+        told = "two epochs have the same order"
+    starts = {dataset.window_of(dataset.files[0], sample)[0] for sample in range(_EPOCH)}
+    possible = start_frames(dataset.files[0], num_frames=dataset.data.num_frames, fps=dataset.data.fps)
+    if not told and possible > _SAME_BY_CHANCE and len(starts) == 1:
+        told = f"every clip of a file starts at frame {starts.pop()}, of {possible} that it could start at"
+    if not told:
+        return []
+    why = "Part of the footage would be learned by heart, and part never be seen."
+    return [Finding("SEM522", "error", "data.root", told, "every file once in an epoch, in a new order, from any moment on", why,
+                    "Mend svdtune/data/dataset.py.")]  # fmt: skip
+
+
+def _check_clip(dataset: ClipDataset, name: str, sample: int, pixels: Tensor) -> list[Finding]:
+    """One clip (t, 3, h, w). A replacement for a damaged file and a rotated file are held against nothing."""
+    data = dataset.data
+    index = dataset.file_of(sample)
+    if clip_name(index, data) != name or not index.orientation.upright:
+        return []
     start, flip = dataset.window_of(index, sample)
     begin = float(index.times[start])
-    film = _film(index, data, begin - _AROUND, begin + (data.num_frames - 1) / data.fps + _AROUND)
-    if film is None:
-        return []
-    clip = _small(batch.pixels[0].float(), data, same_shape=True)
-    return _compare(name, data.fps, clip.flip(-1) if flip else clip, film)
+    clip = _small(pixels.float())
+    found: list[Finding] = []
+    for exact in (False, True):  # exactly, which takes long for large frames, only where the quick look finds something
+        film = _film(index, data, begin - _AROUND, begin + (data.num_frames - 1) / data.fps + _AROUND, exact=exact)
+        found = _compare(name, data.fps, index.frame_seconds / 2, clip.flip(-1) if flip else clip, film) if film else []
+        if not found:
+            break
+    return found
 
 
-def _film(index: VideoIndex, data: Data, begin: float, end: float) -> _Film | None:
+def _film(index: VideoIndex, data: Data, begin: float, end: float, *, exact: bool) -> _Film | None:
     import av
 
     small, times = [], []
@@ -71,51 +115,58 @@ def _film(index: VideoIndex, data: Data, begin: float, end: float) -> _Film | No
             if seconds > end:
                 break
             picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 127.5 - 1
-            small.append(_small(picture[None], data, pixel_aspect=index.pixel_aspect)[0])
+            small.append(_small(_fitted(picture[None], data, index.pixel_aspect, exact=exact))[0])
             times.append(seconds)
     return _Film(torch.stack(small), np.array(times)) if len(small) > 1 else None
 
 
-def _small(pictures: Tensor, data: Data, *, same_shape: bool = False, pixel_aspect: float = 1.0) -> Tensor:
-    """(n, 3, 32, 32) of pictures (n, 3, h, w): the part that the frame shows, borders where it has some."""
+def _fitted(pictures: Tensor, data: Data, pixel_aspect: float, *, exact: bool) -> Tensor:
+    """The part of pictures (n, 3, h, w) that the frame shows, borders where it has some; in the frame's size if `exact`."""
     h, w = pictures.shape[2:]
-    if not same_shape and data.resize != "squash":
+    if data.resize != "squash":
         wanted = data.width / data.height / pixel_aspect  # in stored pixels
         smaller = data.resize == "cover"
         across, down = (round(h * wanted), h) if (w / h > wanted) == smaller else (w, round(w / wanted))
         left, top = (across - w) // 2, (down - h) // 2
         pictures = F.pad(pictures, (left, across - w - left, top, down - h - top), value=-1.0)
+    if exact:
+        pictures = F.interpolate(pictures, size=(data.height, data.width), mode="bicubic", antialias=True).clamp(-1, 1)
+    return pictures
+
+
+def _small(pictures: Tensor) -> Tensor:
+    """(n, 3, 32, 32) of pictures (n, 3, h, w)."""
     return F.interpolate(pictures, size=(_SIDE, _SIDE), mode="area")
 
 
-def _compare(name: str, fps: float, clip: Tensor, film: _Film) -> list[Finding]:
+def _compare(name: str, fps: float, grace: float, clip: Tensor, film: _Film) -> list[Finding]:
+    """`grace`: half a frame of the file, in seconds."""
     plain, swapped = _apart(clip, film.small), _apart(clip.flip(1), film.small)
-    right, free = _in_order(plain, film.times, fps), float(plain.min(1).values.mean())
-    bgr = _in_order(swapped, film.times, fps)
-    if right > _COLOUR and bgr < right / 2:
+    right, free = _in_order(plain, film.times, fps, grace), float(plain.min(1).values.mean())
+    if right > _COLOUR and _in_order(swapped, film.times, fps, grace) < right / 2:
         return [_colours(name, "blue and red are swapped: the clip equals the file with its channels in the order BGR")]
     if free > _OTHER:
         return [_colours(name, f"pixels differ from the file's by {free / 2:.0%} of the range on average")]
-    if right <= 1.2 * free + _ORDER:
+    fits = 1.2 * free + _ORDER
+    if right <= fits:
         return []
-    numbers = plain.argmin(1).tolist()
-    got = "the frames are " + (
-        "in reverse order"
-        if _in_order(plain.flip(0), film.times, fps) <= 1.2 * free + _ORDER
-        else "not evenly spaced, or not in order"
+    turned = _in_order(plain.flip(0), film.times, fps, grace) <= fits
+    seen = [film.times[number] for number in plain.argmin(1).tolist()]
+    seconds = ", ".join(f"{moment - min(seen):.2f}" for moment in seen[:_SHOWN]) + (
+        ", ..." if len(seen) > _SHOWN else ""
     )
-    seconds = ", ".join(f"{film.times[number] - film.times[min(numbers)]:.2f}" for number in numbers[:8])
-    return [Finding("SEM521", "error", name, f"{got}: they show the file at {seconds}{', ...' if len(numbers) > 8 else ''} s",
-                    f"one frame each {1 / fps:.3g} s, as data.fps={fps:g} says",
-                    "The model learns motion from the order of frames, and is told "
-                    "fps - 1 of it.", "Mend how frames are chosen and read (svdtune/data/clips.py, readers.py).")]  # fmt: skip
+    got = f"frames {'in reverse order' if turned else 'not in order, or not evenly spaced'}: they show the file at {seconds} s"
+    why = "The model learns motion from the order of frames, and is told fps - 1 of it."
+    fix = "Mend how frames are chosen and read (svdtune/data/clips.py, readers.py)."
+    return [
+        Finding("SEM521", "error", name, got, f"one frame each {1 / fps:.3g} s, as data.fps={fps:g} says", why, fix)
+    ]
 
 
 def _colours(name: str, got: str) -> Finding:
-    return Finding("SEM520", "error", name, got, "RGB in [-1, 1], as the file shows it",
-        "VAE and CLIP were trained on RGB: skin turns blue in "
-                   "every video, and nothing else tells.", "Mend how pictures are read and scaled (svdtune/data/readers.py, "
-                   "transform.py).")  # fmt: skip
+    why = "VAE and CLIP were trained on RGB: skin turns blue in every video, and nothing else tells."
+    fix = "Mend how pictures are read and scaled (svdtune/data/readers.py, transform.py)."
+    return Finding("SEM520", "error", name, got, "RGB in [-1, 1], as the file shows it", why, fix)
 
 
 def _apart(clip: Tensor, film: Tensor) -> Tensor:
@@ -123,12 +174,13 @@ def _apart(clip: Tensor, film: Tensor) -> Tensor:
     return (clip[:, None] - film[None]).abs().flatten(2).mean(2)
 
 
-def _in_order(apart: Tensor, times: np.ndarray, fps: float) -> float:
-    """The mean difference where the clip fits best, frame i at start + i / fps, one frame of the file aside at most."""
+def _in_order(apart: Tensor, times: np.ndarray, fps: float, grace: float) -> float:
+    """The mean difference where the clip fits best: frame i is what is on screen at start + i / fps, half a frame of grace."""
     t, n = apart.shape
-    near = torch.stack([apart.roll(shift, 1) for shift in (-1, 0, 1)]).amin(0)
-    near[:, 0], near[:, -1] = apart[:, :2].amin(1), apart[:, -2:].amin(1)
-    starts = times[times + (t - 1) / fps <= times[-1] + 1 / fps]
-    at = np.clip(np.searchsorted(times, starts[:, None] + np.arange(t) / fps + 1e-6, side="right") - 1, 0, n - 1)
-    costs = near[torch.arange(t), torch.from_numpy(at)].mean(1)
-    return float(costs.min()) if len(costs) else float("inf")
+    starts = times[times + (t - 1) / fps <= times[-1] + grace + _ROUNDING]
+    costs = []
+    for rounding in (-_ROUNDING, _ROUNDING):
+        wanted = starts[:, None] + np.arange(t) / fps + grace + rounding
+        at = np.clip(np.searchsorted(times, wanted, side="right") - 1, 0, n - 1)
+        costs += apart[torch.arange(t), torch.from_numpy(at)].mean(1).tolist()
+    return min(costs, default=float("inf"))

@@ -17,6 +17,8 @@ from svdtune.guards.findings import Finding
 COUNT = 8000
 _SURE = 6.0
 """Standard deviations: sound draws pass it once in 500 million, and the same seed gives the same draws."""
+_CHANCE = 40
+"""Pairs of equal float32 numbers that come by chance."""
 _TAIL = 2.5
 """A truncated normal is seen in its tails: 0.6 % of the draws lie beyond each, 50 of 8,000."""
 
@@ -47,7 +49,8 @@ def check_samplers(config: Config, facts: ModelFacts) -> list[Finding]:
         ),
         _Normal("Draws.noise_aug_strength", drawn.noise_aug_strength.log(), *noise_aug, "conditioning.noise_aug"),
     )
-    return [*(f for normal in normals for f in _normal(normal)), *_dropout(config, drawn), *_noise(drawn)]
+    told = [*(f for normal in normals for f in _normal(normal)), *_dropout(config, drawn), *_noise(drawn)]
+    return [*told, *_structure(config, facts)]
 
 
 def _normal(n: _Normal) -> Iterator[Finding]:
@@ -82,6 +85,13 @@ _DRAW = "Draw it in svdtune/diffusion/draws.py as exp(mean + std * normal), noth
 def _dropout(config: Config, drawn: Draws) -> Iterator[Finding]:
     """SEM516: each dropped with its probability, both together with its square."""
     p = config.conditioning.dropout
+    for name in ("keep_image_embeds", "keep_image_latents"):
+        strange = sorted(set(getattr(drawn, name).tolist()) - {0.0, 1.0})
+        if strange:
+            why = "It multiplies token or latent: the model would be trained on other values than it is asked with."
+            yield Finding(
+                "SEM516", "error", f"Draws.{name}", f"the value {strange[0]:g}", "1 (kept) or 0 (dropped)", why
+            )
     token, latent = drawn.keep_image_embeds == 0, drawn.keep_image_latents == 0
     cases = {
         "CLIP token dropped": (token, p),
@@ -107,6 +117,10 @@ def _noise(drawn: Draws) -> Iterator[Finding]:
     }
     noises |= {"ln(sigma)": _unit(drawn.sigma.log()), "ln(noise_aug_strength)": _unit(drawn.noise_aug_strength.log())}
     names = list(noises)
+    if (different := len(torch.unique(drawn.noise.flatten(1)[:, 0]))) < COUNT - _CHANCE:
+        yield _dependent(
+            "Draws.noise", f"{different} different first numbers in {COUNT} samples", "new noise for every sample"
+        )
     for number, name in enumerate(names):
         value = noises[name]
         if number < 3 and (
@@ -118,6 +132,34 @@ def _noise(drawn: Draws) -> Iterator[Finding]:
         for pair, (one, other) in pairs.items():
             if abs(together := float((one * other).mean())) > _SURE / sqrt(len(one)):
                 yield _dependent(f"Draws: {pair}", f"correlation {together:.2g}", "independent numbers")
+
+
+def _structure(config: Config, facts: ModelFacts) -> Iterator[Finding]:
+    """SEM514 inside one clip: every number of its own, along frames, channels, height and width."""
+    side = facts.f * _LATENTS
+    axes = facts.axes(b=1, t=_FRAMES, h=side, w=side)
+    drawn = make_draws(
+        range(_CLIPS), axes, seed=config.run.seed, objective=config.objective, conditioning=config.conditioning
+    )
+    for name in ("noise", "posterior_noise", "pixel_noise"):
+        noise = getattr(drawn, name).double()
+        sure = _SURE / sqrt(noise.numel())
+        if abs(float(noise.mean())) > sure or abs(float(noise.std()) - 1) > sure:
+            yield _dependent(f"Draws.{name}", f"N({float(noise.mean()):.2g}, {float(noise.std()):.2g}^2)", "N(0, 1)")
+        for axis, along in zip(range(1, noise.dim()), _AXES[-(noise.dim() - 1) :], strict=True):
+            together = float(
+                (noise.narrow(axis, 1, noise.shape[axis] - 1) * noise.narrow(axis, 0, noise.shape[axis] - 1)).mean()
+            )
+            if abs(together) > 2 * sure:
+                yield _dependent(
+                    f"Draws.{name} of neighbours along the {along}",
+                    f"correlation {together:.2g}",
+                    "independent numbers",
+                )
+
+
+_CLIPS, _FRAMES, _LATENTS = 48, 4, 4
+_AXES = ("frames", "channels", "height", "width")
 
 
 def _unit(values: Tensor) -> Tensor:

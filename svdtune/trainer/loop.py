@@ -68,7 +68,8 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
         _halt_if_diverged(session, position, accumulated, report, skipped, watch)
         position = Position(position.step + 1, position.samples + session.clips_per_step)
         seconds = _report(session, progress, position, report, lr)
-        wish.ask(watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited)))
+        clips = accumulated.samples, accumulated.noise, accumulated.names
+        wish.ask(watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited, *clips)))
         last, stop = position.step == config.train.steps, report.stop
         if last or (position.step % config.validation.interval == 0 and not stop):
             wish.ask(_validate(session, validator, progress, watch, position.step))

@@ -30,7 +30,7 @@ def listen() -> Iterator[StopWish]:
     wish = StopWish()
 
     def note(number: int, _frame: FrameType | None) -> None:
-        wish.name = signal.Signals(number).name
+        wish.name, wish.refused = signal.Signals(number).name, False
         signal.signal(number, signal.SIG_DFL)
         os.write(2, f"\n{wish.name}: saving a checkpoint after this step; once more ends at once\n".encode())
 

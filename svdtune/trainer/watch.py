@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from svdtune.trainer.build import Session
 from svdtune.trainer.metrics import StepReport
 from svdtune.trainer.state import Position
@@ -24,6 +26,12 @@ class Seen:
     """The whole step."""
     waited: float
     """Seconds of it in which the loader had no clip ready."""
+    samples: Tensor
+    """(clips,): global sample numbers of this rank."""
+    noise: Tensor
+    """(clips, 4): the first numbers of each clip's noise, on the device."""
+    names: tuple[str, ...]
+    """Files of the clips."""
 
 
 class Watch:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tests.mutations.sandbox import Mutation, Sandbox, edit_code
 
 Check = Literal["batch", "meaning", "gradients"]
-TOPIC = ("SEM", "NUM")
+TOPIC = ("SEM", "NUM", "SHP")
 
 
 def _live(name: str, failure: str, target: str, *changes: tuple[str, str], overrides: tuple[str, ...] = ()) -> Mutation:

@@ -25,7 +25,9 @@ from tests.mutations.live_cases import BATCH, GRADIENTS, MEANING
 from tests.mutations.sandbox import Mutation, Sandbox, Sound, base_overrides
 from tests.mutations.value_cases import VALUE_MUTATIONS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*lr_scheduler.step.*:UserWarning", "ignore:None of the inputs have requires_grad:UserWarning"
+)
 CONFIGS = Path(__file__).parents[2] / "configs"
 WATCHED = [*VALUE_MUTATIONS, *MEANING]
 TABLE = Path(__file__).with_name("expected_live_codes.tsv")

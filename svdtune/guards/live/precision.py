@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svdtune.contracts import Draws, VideoBatch
+from svdtune.config.load import with_overrides
+from svdtune.contracts import Draws, VideoBatch, move
+from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import Observed, hooks
+from svdtune.trainer import loop
+from svdtune.trainer.build import Session
+from svdtune.trainer.state import Position
 from svdtune.trainer.step import Parts, train_step
 
 _RECORDS = (
@@ -65,10 +71,24 @@ class Culprit:
         return f"The first value that is not finite is in {self.module}: {direction}{self.given}."
 
 
-def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws) -> Culprit | None:
+def culprit_of(session: Session, position: Position) -> Culprit | None:
+    """The first value that is not finite in the update after `position`, whose clips are read again; this rank's."""
+    parts, device = replace(session.parts, unet=session.model.unet), session.accelerator.device
+    scaler = session.accelerator.scaler
+    quiet = replace(session, config=with_overrides(session.config, ["data.workers=0"]))
+    batches = loop.loader_from(quiet, position)
+    for batch in islice(batches, session.config.train.accumulation):
+        draws = move(draws_for(batch, parts.facts, session.config), device)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        if culprit := first_not_finite(parts, move(batch, device), draws, scale):
+            return culprit
+    return None
+
+
+def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float = 1.0) -> Culprit | None:
     """Run the step once more, forward and backward, each module watched; None when all is finite now.
 
-    `parts.unet` is the unwrapped network. Gradients that this leaves are removed.
+    `parts.unet` is the unwrapped network; `scale` multiplies the loss. Gradients that this leaves are removed.
     """
     for record in (batch, draws):
         for name, value in vars(record).items():
@@ -82,7 +102,7 @@ def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws) -> Culprit |
         result = train_step(parts, batch, draws)
         if not found and not bool(result.loss.isfinite()):
             found.append(Culprit("the loss", "output", ", and every network's output is finite"))
-        result.loss.backward()
+        (result.loss * scale).backward()
     for parameter in parts.unet.parameters():
         parameter.grad = None
     return found[0] if found else None

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from svdtune.errors import PreflightError, SvdtuneError
 from svdtune.guards.findings import Finding, Stage
 from svdtune.guards.live.observe import Observed, observe
 from svdtune.guards.live.oom import out_of_memory
+from svdtune.guards.live.pictures import numbers, of_encoding, of_networks
 from svdtune.guards.live.precision import check_precision, first_not_finite
-from svdtune.guards.live.ranks import RankFacts, check_ranks, facts_of_rank
-from svdtune.guards.live.relations import broken, check_slope, of_dropout, of_step
+from svdtune.guards.live.ranks import RankFacts, check_ranks, facts_of_rank, words_of
+from svdtune.guards.live.recipe import of_other_draws, of_records
+from svdtune.guards.live.relations import broken
 from svdtune.guards.live.trial import make_trial, one_backward
 from svdtune.guards.place import place_of
 from svdtune.guards.render import block
@@ -31,8 +34,8 @@ from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import Parts
 
-_CLIPS = 2
-"""Clips in the observed step, where train.batch_size has them: with one nothing can be mixed up."""
+_CLIPS = 3
+"""Clips in the observed step, where train.batch_size has them: with one nothing can be mixed up, with two not all."""
 
 
 @dataclass
@@ -72,19 +75,16 @@ def check_meaning(session: Session, position: Position) -> Iterator[Finding]:
     if not bool(seen.result.loss.isfinite()):
         yield _not_finite(parts, seen)
         return
-    yield from broken(of_step(seen, parts, config))
-    yield from _once(broken(of_dropout(seen, parts)))
-    yield from check_slope(parts, batch, draws)
+    own = numbers(session.model)
+    yield from broken(
+        chain(
+            of_records(seen, parts, config),
+            of_other_draws(seen, parts),
+            of_networks(seen, own),
+            of_encoding(parts, batch, draws, own),
+        )
+    )
     yield from check_precision(seen, parts)
-
-
-def _once(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The first of each code: four combinations of dropout tell the same mistake."""
-    told: set[str] = set()
-    for finding in findings:
-        if finding.code not in told:
-            told.add(finding.code)
-            yield finding
 
 
 def _not_finite(parts: Parts, seen: Observed) -> Finding:
@@ -105,10 +105,8 @@ class _Facts:
     def take(self, accumulated: Accumulated) -> None:
         if self.session.accelerator.num_processes == 1:
             return
-        noise = ["noise=" + "/".join(f"{number:.8g}" for number in row) for row in accumulated.noise.tolist()]
-        self.taken = facts_of_rank(
-            self.session, accumulated.samples.tolist(), accumulated.names, noise, accumulated.sigmas.tolist()
-        )
+        samples, noise = accumulated.samples.tolist(), words_of(accumulated.noise)
+        self.taken = facts_of_rank(self.session, samples, accumulated.names, noise, accumulated.sigmas.tolist())
 
 
 def _gradients(session: Session, position: Position, proof: Proof, facts: _Facts) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ from svdtune.diffusion.draws import TENSORS
 from svdtune.guards.findings import Finding
 from svdtune.trainer.build import Session
 from svdtune.trainer.state import flat
+from svdtune.trainer.watch import Seen
 
 _ROW = 2**16
 """Words that are summed at once: the table of weights stays at a MiB, and reaches tensors of 16 GiB."""
@@ -138,6 +139,27 @@ def parameters_agree(session: Session, step: int) -> list[Finding]:
     rank, host = session.accelerator.process_index, platform.node()
     facts = RankFacts(rank, host, _described(session), dict(zip(trained, prints.tolist(), strict=True)))
     return compare(gather_object([facts]), step)
+
+
+def step_agrees(session: Session, seen: Seen) -> list[Finding]:
+    """DST810 to DST813 after a step of training: weights, gradient norm, clips and noise. Called on every rank."""
+    if session.accelerator.num_processes == 1:
+        return []
+    facts = RankFacts(
+        session.accelerator.process_index,
+        platform.node(),
+        gradients={"the norm of all": int(fingerprint(torch.tensor([seen.grad_norm], dtype=torch.float64)))},
+        samples=tuple(seen.samples.tolist()),
+        names=seen.names,
+        noise=tuple(words_of(seen.noise)),
+        clips=len(session.catalog.train),
+    )
+    return [*parameters_agree(session, seen.step), *compare(gather_object([facts]), seen.step)]
+
+
+def words_of(noise: Tensor) -> list[str]:
+    """One word for each clip, from the first numbers of its noise (clips, n)."""
+    return ["noise=" + "/".join(f"{number:.8g}" for number in row) for row in noise.tolist()]
 
 
 def compare(facts: Sequence[RankFacts], step: int = 0) -> list[Finding]:

@@ -49,9 +49,15 @@ def _whole(session: Session, position: Position, work: Path) -> list[str]:
     after = Position(position.step + STEPS, position.samples)
     folder = state.save(replace(session, folder=RunFolder(work)), after, resolved_yaml(session.config))
     _spoil([*session.trained.values(), *(ema.shadow_params if ema else []), *_tensors_of(raw.state)])
-    state.restore(session, folder)
+    session.schedule.last_epoch = -1
+    position_after, _ = state.restore(session, folder)
+    stands = position_after == after and session.schedule.last_epoch == after.step
     same = not ema or all(map(torch.equal, ema.shadow_params, averages))
-    return [*_different(raw.state, moments), *([] if same else ["averages"])]
+    return [
+        *_different(raw.state, moments),
+        *([] if same else ["averages"]),
+        *([] if stands else ["step, samples or schedule"]),
+    ]
 
 
 def _weights(session: Session, work: Path) -> list[str]:

@@ -14,11 +14,14 @@ from math import isfinite
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from svdtune.config.load import with_overrides
+from svdtune.contracts import VideoBatch
 from svdtune.guards.findings import Finding
-from svdtune.guards.live import learning
+from svdtune.guards.live import learning, updates
 from svdtune.guards.live.learning import STEPS, Before, raw_optimizer
+from svdtune.guards.live.precision import culprit_of
 from svdtune.guards.live.saved import recomputed, saved
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
@@ -61,27 +64,31 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
     """Both updates. `after_backward` is called once, where the gradients of the first are there."""
     trial, quiet = Trial(), _quiet(session)
     with restored(session) as before:
-        trial.findings += recomputed(quiet, position)
+        trial.findings += [*recomputed(quiet, position), *updates.check_schedule(session), *updates.check_lora(session)]
         batches = iter(loop.loader_from(quiet, position))
         _full_rate(session)
-        with learning.slopes(session) as slopes, learning.sums(session) as sums:
-            first = loop.accumulate(quiet, batches)
-        trial.findings += [*learning.scaled(session, slopes, first), *learning.added(session, sums)]
-        reached = learning.reached(session)
-        trial.findings += learning.strangers(session)
+        first, found = _watched_backward(quiet, position, batches)
+        trial.findings += found
+        in_first = learning.reached(session)
         after_backward(first)
-        loop.update(quiet, first, stop=False)
+        if not _update(trial, quiet, first, 1):
+            trial.findings += _not_finite(quiet, position)
+            return trial
         trial.findings += learning.left_over(session)
+        after_first = updates.first_weights(session, learning.watched(session))
         _full_rate(session)
         clock = _Clock(session)
         second = loop.accumulate(quiet, batches)
-        reached |= learning.reached(session)
-        gradients = {name: parameter.grad for name, parameter in session.trained.items()}
-        norm, _ = loop.update(quiet, second, stop=False)
-        trial.measured = clock.read()
+        in_both, gradients = in_first & learning.reached(session), _gradients(session)
+        reached = in_first | learning.reached(session)
+        finite = _update(trial, quiet, second, 2)
+        trial.measured = clock.read(second.waited)
+        if not finite:
+            trial.findings += _not_finite(quiet, Position(position.step + 1, position.samples + session.clips_per_step))
+            return trial
         trial.findings += [*learning.without(session, reached), *learning.held(session)]
-        if isfinite(norm):
-            trial.findings += [*learning.moved(session, before, gradients), *learning.averaged(session, before)]
+        trial.findings += [*learning.moved(session, before, gradients, in_both), *learning.averaged(session, before)]
+        trial.findings += updates.check_averages(session, after_first)
         del gradients
         if session.accelerator.is_main_process:
             trial.findings += saved(session, position)
@@ -91,12 +98,52 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
 def one_backward(session: Session, position: Position, after_backward: Callable[[Accumulated], None]) -> Trial:
     """For a resumed run, whose optimizer state would be costly to keep: the gradients of one step, and no update."""
     quiet = _quiet(session)
-    accumulated = loop.accumulate(quiet, iter(loop.loader_from(quiet, position)))
-    trial = Trial([*learning.strangers(session), *learning.held(session)])
-    after_backward(accumulated)
-    for parameter in session.trained.values():
-        parameter.grad = None
-    return trial
+    try:
+        accumulated, found = _watched_backward(quiet, position, iter(loop.loader_from(quiet, position)))
+        after_backward(accumulated)
+        return Trial([*found, *learning.held(session), *updates.check_schedule(session), *updates.check_lora(session)])
+    finally:
+        for parameter in session.trained.values():
+            parameter.grad = None
+
+
+def _watched_backward(
+    session: Session, position: Position, batches: Iterator[VideoBatch]
+) -> tuple[Accumulated, list[Finding]]:
+    """The micro-steps of one update, and what their gradients are like."""
+    with learning.slopes(session) as slopes, learning.sums(session) as sums:
+        accumulated = loop.accumulate(session, batches)
+    found = [
+        *learning.scaled(session, slopes, accumulated),
+        *learning.added(session, sums),
+        *learning.strangers(session),
+    ]
+    return accumulated, [*found, *updates.check_micro_steps(session, position, accumulated)]
+
+
+def _update(trial: Trial, session: Session, accumulated: Accumulated, number: int) -> bool:
+    """The real update, checked; whether loss and gradients were finite on every rank, or a loss scale has left it out."""
+    start = updates.start(session)
+    norm, report = loop.update(session, accumulated, stop=False)
+    if isfinite(report.loss) and isfinite(report.grad_norm):
+        trial.findings += updates.check_update(session, start, norm, number)
+        return True
+    return session.accelerator.scaler is not None and isfinite(report.loss)
+
+
+def _not_finite(session: Session, position: Position) -> list[Finding]:
+    """NUM606: the module where it began, or that it is not found again."""
+    culprit = culprit_of(session, position)
+    where, got = (
+        (culprit.module, str(culprit)) if culprit else ("the trial update", "loss or gradient norm is not finite")
+    )
+    why = "No update can be made from it, and training would stop there."
+    fix = "Weights with infinite or NaN entries: copy the base again. Overflow: train.precision=bf16."
+    return [Finding("NUM606", "error", where, got, "finite numbers", why, fix)]
+
+
+def _gradients(session: Session) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in session.trained.items()}
 
 
 def _quiet(session: Session) -> Session:
@@ -147,6 +194,7 @@ def restored(session: Session) -> Iterator[Before]:
             vars(ema).update(counters)
         if scaler is not None:
             scaler.load_state_dict(scale or {})
+            scaler._per_optimizer_states.clear()  # an update that was left out keeps it from unscaling again
 
 
 class _Clock:
@@ -156,14 +204,16 @@ class _Clock:
         self.device = session.accelerator.device
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.started = time.perf_counter()
 
-    def read(self) -> Measured:
+    def read(self, waited: float) -> Measured:
+        """Without the seconds that the clips took: in training workers read them meanwhile."""
         if self.device.type != "cuda":
-            return Measured(time.perf_counter() - self.started, None, None)
+            return Measured(time.perf_counter() - self.started - waited, None, None)
         torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.started - waited
         return Measured(
             seconds, torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
         )

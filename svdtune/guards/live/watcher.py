@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,15 +12,13 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from svdtune.config.load import with_overrides
-from svdtune.contracts import move
-from svdtune.diffusion.draws import draws_for
 from svdtune.errors import PreflightError
 from svdtune.guards.cli import write_report
 from svdtune.guards.findings import Finding, Report
 from svdtune.guards.live.flight import Flight
-from svdtune.guards.live.precision import first_not_finite
+from svdtune.guards.live.precision import culprit_of
 from svdtune.guards.live.prove import prove
-from svdtune.guards.live.ranks import parameters_agree
+from svdtune.guards.live.ranks import step_agrees
 from svdtune.guards.render import block, summary_of_proof
 from svdtune.trainer import loop, tracking
 from svdtune.trainer.build import Session
@@ -40,6 +39,7 @@ class Watcher(Watch):
         self.report = report
         self.flight = Flight()
         self.clips: list[np.ndarray] = []
+        self.faulty = False
 
     def before(self, session: Session, position: Position) -> None:
         """Raises PreflightError when the proof fails."""
@@ -66,53 +66,53 @@ class Watcher(Watch):
 
     def stepped(self, session: Session, seen: Seen) -> str:
         """Raises PreflightError when the ranks have come apart. Returns why to stop, when preflight.stop_on says so."""
-        if seen.step % RANKS_EVERY == 0 and (apart := parameters_agree(session, seen.step)):
+        if seen.step % RANKS_EVERY == 0 and (apart := step_agrees(session, seen)):
             self._tell(session, seen.step, apart)
             raise PreflightError("\n\n".join(block(finding) for finding in apart))
-        return self._tell(session, seen.step, self.flight.stepped(seen)) if session.accelerator.is_main_process else ""
+        return self._tell(session, seen.step, self._noticed(lambda: self.flight.stepped(seen)))
 
     def sampled(self, session: Session, step: int, videos: Mapping[str, Path]) -> str:
         """Samples against training clips of the same size."""
-        if not videos:
-            return ""
+        return self._tell(session, step, self._noticed(lambda: self._look(session, step, videos))) if videos else ""
+
+    def _look(self, session: Session, step: int, videos: Mapping[str, Path]) -> list[Finding]:
         self.clips = self.clips or _training_clips(session)
         if step and not self.flight.base:  # a resumed run: the samples of its base lie in the run folder
-            self.flight.sampled(
-                0, _frames({name: sample_folder(session, 0) / path.name for name, path in videos.items()}), self.clips
-            )
-        return self._tell(session, step, self.flight.sampled(step, _frames(videos), self.clips))
+            base = {name: sample_folder(session, 0) / path.name for name, path in videos.items()}
+            self.flight.sampled(0, _frames(base), self.clips)
+        return self.flight.sampled(step, _frames(videos), self.clips)
+
+    def _noticed(self, look: Callable[[], list[Finding]]) -> list[Finding]:
+        """What `look` finds; a fault of the watch is told once and must not stop a run."""
+        try:
+            return look()
+        except Exception as error:
+            if not self.faulty:
+                traceback.print_exception(error, file=sys.stderr)
+                print("The watch over the running training is faulty (above); the training goes on.", file=sys.stderr)
+            self.faulty = True
+            return []
 
     def diverged(self, session: Session, position: Position) -> str:
         """The module where the first value stopped being finite, on the first rank that has one."""
-        parts = replace(session.parts, unet=session.model.unet)
-        quiet = replace(session, config=with_overrides(session.config, ["data.workers=0"]))
-        batches = loop.loader_from(quiet, position)
-        here, device = [], session.accelerator.device
-        for _ in range(session.config.train.accumulation):
-            batch = next(batches)
-            draws = draws_for(batch, parts.facts, session.config)
-            try:
-                culprit = first_not_finite(parts, move(batch, device), move(draws, device))
-            except Exception as error:  # the run ends anyway, and the other ranks wait for this one's answer
-                here = [f"Where it began could not be found: {type(error).__name__}: {error}."]
-                break
-            if culprit:
-                here = [str(culprit)]
-                break
+        try:
+            culprit = culprit_of(session, position)
+            here = [str(culprit)] if culprit else []
+        except Exception as error:  # the run ends anyway, and the other ranks wait for this one's answer
+            here = [f"Where it began could not be found: {type(error).__name__}: {error}."]
         return next(iter(gather_object(here)), "")
 
     def _tell(self, session: Session, step: int, findings: Sequence[Finding]) -> str:
-        """findings.jsonl, the terminal, the trackers; why to stop, when preflight.stop_on names one of them."""
-        preflight, reason = session.config.preflight, ""
-        for finding in findings:
-            if finding.code in preflight.ignore:
-                continue
-            if session.accelerator.is_main_process:
-                session.folder.append_finding({"step": step, **asdict(finding)})
-                print(f"\nstep {step}: {block(finding)}", file=sys.stderr)
+        """findings.jsonl, the terminal, the trackers; why to stop, when preflight.stop_on names one. By the main process."""
+        preflight = session.config.preflight
+        told = [finding for finding in findings if finding.code not in preflight.ignore]
+        if not session.accelerator.is_main_process:
+            return ""
+        for finding in told:
+            session.folder.append_finding({"step": step, **asdict(finding)})
+            print(f"\nstep {step}: {block(finding)}", file=sys.stderr)
             tracking.log_finding(session, finding.code, block(finding), step)
-            reason = finding.code if finding.code in preflight.stop_on else reason
-        return reason
+        return next((finding.code for finding in told if finding.code in preflight.stop_on), "")
 
 
 def _frames(videos: Mapping[str, Path]) -> dict[str, np.ndarray]:
