@@ -31,8 +31,10 @@ _COLOUR, _ORDER = 0.004, 0.0002
 _SHOWN = 8
 _EPOCH = 200
 """Samples of an epoch that are looked at."""
+_EPOCHS, _ORDERED = 4, 5
+"""Four orders of five files are the same by chance once in 1.7 million."""
 _SAME_BY_CHANCE = 8
-"""So many files or moments hardly ever come in the same order twice, or to one of them."""
+"""Of so many moments 200 samples never all take one."""
 _ROUNDING = 1e-6
 """Seconds."""
 _OTHER = 0.04
@@ -61,17 +63,10 @@ def check_footage(data: Data, files: Sequence[VideoIndex], seed: int, batch: Vid
 def _check_epochs(dataset: ClipDataset) -> list[Finding]:
     """SEM522: each file once in an epoch, in another order in the next, and from changing moments on."""
     count = min(len(dataset.files), _EPOCH)
-    first, second = ([dataset.file_of(epoch * len(dataset.files) + i).path for i in range(count)] for epoch in (0, 1))
-    if count < len(dataset.files):
-        told = "a file comes twice in an epoch" if len(set(first)) < count else ""
-    else:
-        told = (
-            ""
-            if len(set(first)) == len(set(second)) == count
-            else f"{len(set(first))} of {count} files come in an epoch"
-        )
-    if not told and count > _SAME_BY_CHANCE and first == second:
-        told = "two epochs have the same order"
+    orders = [[dataset.file_of(epoch * len(dataset.files) + i).path for i in range(count)] for epoch in range(_EPOCHS)]
+    told = "" if all(len(set(order)) == count for order in orders) else "a file comes twice in an epoch"
+    if not told and count >= _ORDERED and all(order == orders[0] for order in orders):
+        told = f"{_EPOCHS} epochs have the same order"
     starts = {dataset.window_of(dataset.files[0], sample)[0] for sample in range(_EPOCH)}
     possible = start_frames(dataset.files[0], num_frames=dataset.data.num_frames, fps=dataset.data.fps)
     if not told and possible > _SAME_BY_CHANCE and len(starts) == 1:
@@ -92,16 +87,11 @@ def _check_clip(dataset: ClipDataset, name: str, sample: int, pixels: Tensor) ->
     start, flip = dataset.window_of(index, sample)
     begin = float(index.times[start])
     clip = _small(pixels.float())
-    found: list[Finding] = []
-    for exact in (False, True):  # exactly, which takes long for large frames, only where the quick look finds something
-        film = _film(index, data, begin - _AROUND, begin + (data.num_frames - 1) / data.fps + _AROUND, exact=exact)
-        found = _compare(name, data.fps, index.frame_seconds / 2, clip.flip(-1) if flip else clip, film) if film else []
-        if not found:
-            break
-    return found
+    film = _film(index, data, begin - _AROUND, begin + (data.num_frames - 1) / data.fps + _AROUND)
+    return _compare(name, data.fps, index.frame_seconds / 2, clip.flip(-1) if flip else clip, film) if film else []
 
 
-def _film(index: VideoIndex, data: Data, begin: float, end: float, *, exact: bool) -> _Film | None:
+def _film(index: VideoIndex, data: Data, begin: float, end: float) -> _Film | None:
     import av
 
     small, times = [], []
@@ -115,13 +105,13 @@ def _film(index: VideoIndex, data: Data, begin: float, end: float, *, exact: boo
             if seconds > end:
                 break
             picture = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 127.5 - 1
-            small.append(_small(_fitted(picture[None], data, index.pixel_aspect, exact=exact))[0])
+            small.append(_small(_fitted(picture[None], data, index.pixel_aspect))[0])
             times.append(seconds)
     return _Film(torch.stack(small), np.array(times)) if len(small) > 1 else None
 
 
-def _fitted(pictures: Tensor, data: Data, pixel_aspect: float, *, exact: bool) -> Tensor:
-    """The part of pictures (n, 3, h, w) that the frame shows, borders where it has some; in the frame's size if `exact`."""
+def _fitted(pictures: Tensor, data: Data, pixel_aspect: float) -> Tensor:
+    """The part of pictures (n, 3, h, w) that the frame shows, borders where it has some."""
     h, w = pictures.shape[2:]
     if data.resize != "squash":
         wanted = data.width / data.height / pixel_aspect  # in stored pixels
@@ -129,8 +119,6 @@ def _fitted(pictures: Tensor, data: Data, pixel_aspect: float, *, exact: bool) -
         across, down = (round(h * wanted), h) if (w / h > wanted) == smaller else (w, round(w / wanted))
         left, top = (across - w) // 2, (down - h) // 2
         pictures = F.pad(pictures, (left, across - w - left, top, down - h - top), value=-1.0)
-    if exact:
-        pictures = F.interpolate(pictures, size=(data.height, data.width), mode="bicubic", antialias=True).clamp(-1, 1)
     return pictures
 
 
@@ -145,8 +133,10 @@ def _compare(name: str, fps: float, grace: float, clip: Tensor, film: _Film) -> 
     right, free = _in_order(plain, film.times, fps, grace), float(plain.min(1).values.mean())
     if right > _COLOUR and _in_order(swapped, film.times, fps, grace) < right / 2:
         return [_colours(name, "blue and red are swapped: the clip equals the file with its channels in the order BGR")]
-    if free > _OTHER:
-        return [_colours(name, f"pixels differ from the file's by {free / 2:.0%} of the range on average")]
+    # Coarser: where all is fine detail, as in noise, two ways of resizing differ in single small pixels.
+    coarse = float(_apart(F.avg_pool2d(clip, 4), F.avg_pool2d(film.small, 4)).min(1).values.mean())
+    if coarse > _OTHER:
+        return [_colours(name, f"pixels differ from the file's by {coarse / 2:.0%} of the range on average")]
     fits = 1.2 * free + _ORDER
     if right <= fits:
         return []

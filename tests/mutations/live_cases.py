@@ -20,12 +20,14 @@ def _live(name: str, failure: str, target: str, *changes: tuple[str, str], overr
 
 def _function(target: str) -> Any:
     from svdtune.checkpoint import state, tensors
-    from svdtune.data import clips, loader, readers, transform
+    from svdtune.data import clips, dataset, loader, readers, transform
     from svdtune.diffusion import conditioning, draws, edm
     from svdtune.model import adapt
     from svdtune.trainer import build, loop, optimizer, step
+    from svdtune.trainer import state as trainer_state
 
-    modules = {"conditioning": conditioning, "edm": edm, "draws": draws, "step": step, "loader": loader, "transform": transform,
+    modules = {"dataset": dataset, "trainer_state": trainer_state,
+               "conditioning": conditioning, "edm": edm, "draws": draws, "step": step, "loader": loader, "transform": transform,
                "clips": clips, "readers": readers, "loop": loop, "optimizer": optimizer, "state": state, "adapt": adapt,
                "tensors": tensors, "build": build}  # fmt: skip
     module, _, path = target.partition(".")
@@ -157,3 +159,339 @@ GRADIENTS = [
           overrides=("adapt.method=full", "train.precision=bf16", "train.lr=1e-5")),
     Mutation("a rate that float32 rounds away", "silent", TOPIC, "M01", lambda box: box.set("adapt.method=full", "train.lr=1e-10")),
 ]  # fmt: skip
+
+FRESH = [
+    _live(
+        "noise_aug twice",
+        "own",
+        "conditioning.image_latents",
+        (
+            "posterior(vae, noisy, chunk)[0]",
+            "posterior(vae, add_noise(noisy, draws.pixel_noise, draws.noise_aug_strength), chunk)[0]",
+        ),
+    ),
+    _live(
+        "ids dropped with token",
+        "own",
+        "conditioning.unet_input",
+        (
+            "added_time_ids=added_time_ids(batch, draws)",
+            "added_time_ids=added_time_ids(batch, draws) * draws.keep_image_embeds[:, None]",
+        ),
+    ),
+    _live(
+        "CLIP picture zeroed before encoder (dropped token = embedding of grey)",
+        "own",
+        "step.encode",
+        (
+            "conditioning.image_embeds(parts.image_encoder, first_frame,",
+            "conditioning.image_embeds(parts.image_encoder, first_frame * draws.keep_image_embeds[:, None, None, None],",
+        ),
+    ),
+    _live(
+        "inverted dropout: kept flags 1/(1-p)",
+        "own",
+        "draws._draw_one",
+        (">= conditioning.dropout).float()", ">= conditioning.dropout).float() / (1 - conditioning.dropout)"),
+    ),
+    _live(
+        "c_in of sigma clamped to 80",
+        "own",
+        "conditioning.unet_input",
+        ("scalings(draws.sigma)", "scalings(draws.sigma.clamp(max=80))"),
+    ),
+    _live(
+        "weight decay ignored",
+        "own",
+        "optimizer.make_optimizer",
+        ("betas=config.betas, weight_decay=config.weight_decay, fused", "betas=config.betas, weight_decay=0.0, fused"),
+    ),
+    _live(
+        "betas swapped",
+        "own",
+        "optimizer.make_optimizer",
+        (
+            "betas=config.betas, weight_decay=config.weight_decay, fused",
+            "betas=config.betas[::-1], weight_decay=config.weight_decay, fused",
+        ),
+    ),
+    _live("Adam not AdamW", "own", "optimizer.make_optimizer", ("torch.optim.AdamW(", "torch.optim.Adam(")),
+    _live(
+        "no clipping",
+        "own",
+        "loop.update",
+        ("max_norm = session.config.train.clip_norm or math.inf", "max_norm = math.inf"),
+        overrides=("train.clip_norm=1e-4",),
+    ),
+    _live(
+        "clipping per parameter",
+        "own",
+        "loop.update",
+        (
+            "grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))",
+            "grad_norm = torch.stack([accelerator.clip_grad_norm_([p], max_norm) for p in trained]).norm()",
+        ),
+        overrides=("train.clip_norm=1e-4",),
+    ),
+    _live(
+        "schedule ticks twice",
+        "own",
+        "loop.update",
+        ("session.schedule.step()", "session.schedule.step(); session.schedule.step()"),
+    ),
+    _live(
+        "schedule never ticks (lr stays 0 in warm-up)",
+        "own",
+        "loop.update",
+        ("session.schedule.step()", "pass"),
+        overrides=("train.warmup=10",),
+    ),
+    _live(
+        "warm-up as long as the run",
+        "own",
+        "optimizer.make_schedule",
+        ("num_warmup_steps=config.warmup", "num_warmup_steps=config.steps"),
+    ),
+    _live(
+        "cosine counts micro-steps",
+        "own",
+        "optimizer.make_schedule",
+        ("num_training_steps=config.steps", "num_training_steps=config.steps // config.accumulation"),
+        overrides=("train.accumulation=2",),
+    ),
+    _live(
+        "EMA decay 1-decay",
+        "own",
+        "optimizer.make_ema",
+        ("decay=config.ema_decay", "decay=1 - config.ema_decay"),
+        overrides=("train.ema=true",),
+    ),
+    _live(
+        "EMA stepped before the update",
+        "own",
+        "loop.update",
+        ("        optimizer.step()\n", "        session.ema.step(trained); optimizer.step()\n"),
+        overrides=("train.ema=true",),
+    ),
+    _live(
+        "EMA one name behind (same-shape params rotated)",
+        "own",
+        "loop.update",
+        (
+            "session.ema.step(trained)",
+            "session.ema.step([trained[(i + 0)] if i % 2 else trained[i].detach() * 0 for i in range(len(trained))])",
+        ),
+        overrides=("train.ema=true",),
+    ),
+    _live(
+        "draws of micro-step 0 reused",
+        "own",
+        "loop.accumulate",
+        (
+            "draws = draws_for(batch, parts.facts, config)",
+            "draws = draws_for(__import__('dataclasses').replace(batch, sample=batch.sample if not samples else samples[0].cpu()), "
+            "parts.facts, config)",
+        ),
+        overrides=("train.accumulation=2",),
+    ),
+    _live(
+        "one batch for all micro-steps",
+        "own",
+        "loop.accumulate",
+        ("batch = next(batches)", "batch = next(batches) if micro == 0 else batch"),
+        overrides=("train.accumulation=2",),
+    ),
+    _live(
+        "draws repeat every 1000 samples",
+        "own",
+        "draws.make_draws",
+        ("generator(seed, sample)", "generator(seed, sample % 1000)"),
+    ),
+    _live(
+        "only the file's first window",
+        "own",
+        "dataset.ClipDataset.window_of",
+        (
+            "start = int(rng.integers(start_frames(index, num_frames=self.data.num_frames, fps=self.data.fps)))",
+            "start = 0",
+        ),
+    ),
+    _live(
+        "clips at fps-1",
+        "own",
+        "clips.window_frames",
+        ("np.arange(num_frames) / fps", "np.arange(num_frames) / (fps - 1)"),
+        overrides=("data.num_frames=8",),
+    ),
+    _live(
+        "third and later clips get clip 1's condition",
+        "own",
+        "step.encode",
+        (
+            "    require(encoded, axes)",
+            "    encoded.image_latents.copy_(encoded.image_latents[torch.arange(len(batch.fps)).clamp(max=1)].clone())\n    "
+            "require(encoded, axes)",
+        ),
+        overrides=("train.batch_size=4",),
+    ),
+    _live(
+        "clips behind the first reversed in time",
+        "own",
+        "loader._tensors",
+        (
+            "torch.stack([clip.pixels for clip in clips])",
+            "torch.stack([clips[0].pixels, *(c.pixels.flip(0) for c in clips[1:])])",
+        ),
+    ),
+    _live(
+        "CLIP mean and std swapped",
+        "own",
+        "build.clip_pixels",
+        (
+            'tuple(extractor["image_mean"]), tuple(extractor["image_std"])',
+            'tuple(extractor["image_std"]), tuple(extractor["image_mean"])',
+        ),
+    ),
+    _live(
+        "scaling_factor of SDXL in the facts",
+        "own",
+        "build.build",
+        (
+            "model.facts, dtype, config.memory.vae_chunk",
+            "__import__('dataclasses').replace(model.facts, scaling_factor=0.13025), dtype, config.memory.vae_chunk",
+        ),
+    ),
+    _live(
+        "LoRA alpha 1",
+        "own",
+        "adapt._inject_lora",
+        ("lora_alpha=config.rank if config.alpha is None else config.alpha,", "lora_alpha=1,"),
+        overrides=("adapt.rank=16",),
+    ),
+    _live(
+        "held-out files trained on",
+        "own",
+        "loop.loader_from",
+        ("session.catalog.train,", "[*session.catalog.train, *session.catalog.held_out],"),
+        overrides=("data.holdout=0.3",),
+    ),
+    _live(
+        "CLIP token cached over steps",
+        "own",
+        "step.encode",
+        (
+            "conditioning.image_embeds(parts.image_encoder, first_frame, parts.clip)",
+            "parts.image_encoder.__dict__.setdefault('_cache', conditioning.image_embeds(parts.image_encoder, first_frame, parts.clip))",
+        ),
+    ),
+    _live(
+        "optimizer steps twice",
+        "own",
+        "loop.update",
+        ("        optimizer.step()\n", "        optimizer.step(); optimizer.step()\n"),
+    ),
+    _live(
+        "clip on half the parameters",
+        "own",
+        "loop.update",
+        ("accelerator.clip_grad_norm_(trained, max_norm)", "accelerator.clip_grad_norm_(trained[::2], max_norm)"),
+        overrides=("train.clip_norm=1e-4",),
+    ),
+    _live(
+        "same file order each epoch",
+        "own",
+        "dataset.ClipDataset.file_of",
+        ("_order(self.seed, epoch,", "_order(self.seed, 0,"),
+    ),
+    _live(
+        "noise strength beyond 1 clipped in cond only",
+        "own",
+        "conditioning.image_latents",
+        ("draws.noise_aug_strength)", "draws.noise_aug_strength.clamp(max=0.1))"),
+    ),
+    _live(
+        "loss clamped at 2",
+        "own",
+        "edm.v_loss",
+        ("(model_output - target) ** 2", "((model_output - target) ** 2).clamp(max=2)"),
+    ),
+    _live(
+        "resume: schedule at 0",
+        "own",
+        "trainer_state.restore",
+        ("_advance(session, position.step)", "_advance(session, 0)"),
+    ),
+    _live(
+        "resume: samples from 0",
+        "own",
+        "trainer_state.restore",
+        ('Position(trainer["step"], trainer["samples"])', 'Position(trainer["step"], 0)'),
+    ),
+    _live(
+        "one noise for all frames (one for all channels of pixel noise)",
+        "own",
+        "draws._draw_one",
+        ("torch.randn(shape, generator=g) for", "torch.randn((1, *shape[1:]), generator=g).expand(shape).clone() for"),
+    ),
+    _live(
+        "noise constant over the picture",
+        "own",
+        "draws._draw_one",
+        (
+            "torch.randn(shape, generator=g) for",
+            "torch.randn((*shape[:-2], 1, 1), generator=g).expand(shape).clone() for",
+        ),
+    ),
+    _live(
+        "noise of frame i+1 correlated .9 with i",
+        "own",
+        "draws._draw_one",
+        (
+            "torch.randn(shape, generator=g) for",
+            "(0.95 * torch.randn((1, *shape[1:]), generator=g) + 0.3122 * torch.randn(shape, generator=g)) for",
+        ),
+    ),
+    _live(
+        "clip on the loader's last frame dup (t-1 repeated)",
+        "own",
+        "clips.window_frames",
+        (
+            "np.maximum(numbers, 0).tolist()",
+            "[*np.maximum(numbers, 0).tolist()[:-1], np.maximum(numbers, 0).tolist()[-2]]",
+        ),
+        overrides=("data.num_frames=8",),
+    ),
+    _live(
+        "first frame repeated (off by one)",
+        "own",
+        "clips.window_frames",
+        (
+            "np.maximum(numbers, 0).tolist()",
+            "[np.maximum(numbers, 0).tolist()[0], *np.maximum(numbers, 0).tolist()[:-1]]",
+        ),
+        overrides=("data.num_frames=8",),
+    ),
+    _live(
+        "pixels squared-gamma",
+        "own",
+        "transform.to_pixels",
+        (".div_(127.5).sub_(1.0)", ".div_(255).pow_(1.1).mul_(2).sub_(1.0)"),
+    ),
+    _live(
+        "ring: update skipped every second step",
+        "own",
+        "loop.update",
+        ("        optimizer.step()\n", "        optimizer.step() if session.schedule.last_epoch % 2 == 0 else None\n"),
+    ),
+    _live(
+        "off-centre crop (top)",
+        "own",
+        "transform._fit",
+        (
+            "(height - pixels.shape[2]) // 2, (width - pixels.shape[3]) // 2",
+            "(height - pixels.shape[2]), (width - pixels.shape[3])",
+        ),
+        overrides=("data.height=64", "data.width=64"),
+    ),
+]
+"""Thought of by somebody who had not written the checks: 38 of these 44 passed unseen at first."""

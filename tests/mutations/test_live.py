@@ -21,7 +21,7 @@ from svdtune.guards.live.prove import check_meaning, prove
 from svdtune.trainer.build import Session, build, make_accelerator
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.state import Position
-from tests.mutations.live_cases import BATCH, GRADIENTS, MEANING
+from tests.mutations.live_cases import BATCH, FRESH, GRADIENTS, MEANING
 from tests.mutations.sandbox import Mutation, Sandbox, Sound, base_overrides
 from tests.mutations.value_cases import VALUE_MUTATIONS
 
@@ -102,9 +102,17 @@ def test_a_wrong_update_is_seen(mutation: Mutation, box: Sandbox) -> None:
     refused(prove(built(loaded(box)), Position()).findings, mutation)
 
 
+@pytest.mark.parametrize("mutation", FRESH, ids=name)
+def test_a_mistake_that_nobody_had_thought_of_is_seen(mutation: Mutation, box: Sandbox) -> None:
+    mutation.apply(box)
+    config = loaded(box)
+    made = built(config)
+    refused([*prove(made, Position()).findings, *check_batch(config, made.parts.facts, made.catalog.train)], mutation)
+
+
 def test_totals() -> None:
-    cases = [*WATCHED, *BATCH, *GRADIENTS]
-    assert len({case.name for case in cases}) == len(cases) >= 95
+    cases = [*WATCHED, *BATCH, *GRADIENTS, *FRESH]
+    assert len({case.name for case in cases}) == len(cases) >= 130
     assert EXPECTED.keys() == {case.name for case in cases}
     print(len(WATCHED), len(BATCH), len(GRADIENTS))
 

@@ -59,6 +59,8 @@ def scaled(session: Session, slopes: Sequence[_Slope], accumulated: Accumulated)
     """SEM568: |d loss / dF| = 2 sqrt(loss / n) / accumulation in each micro-step, as the mean of squares has it."""
     train, scaler = session.config.train, session.accelerator.scaler
     scale = scaler.get_scale() if scaler is not None else 1.0
+    if not bool(accumulated.losses.isfinite().all()):
+        return  # said with the module where it began
     losses = accumulated.losses.double().reshape(train.accumulation, -1).mean(1).tolist()
     got = [
         float(slope.norm) / (2 * (loss / slope.numel) ** 0.5) / scale
@@ -101,6 +103,8 @@ def added(session: Session, sums: dict[str, Tensor]) -> list[Finding]:
     there = torch.cat(
         [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in last.values()]
     )
+    if not bool(mean.isfinite().all()):
+        return []  # said with the module where it began
     if session.accelerator.num_processes > 1 and torch.equal(there, mine):
         return []  # not averaged: the comparison of ranks says it better
     if float((there - mean).norm()) <= 0.02 * float(mean.norm()) + 1e-12:

@@ -66,7 +66,7 @@ def of_encoding(parts: Parts, batch: VideoBatch, draws: Draws, own: Numbers) -> 
         "SEM517", "slope of Encoded.latents[:, 0] on Encoded.image_latents", slope, torch.full_like(slope, own.scaling_factor),
         f"{own.scaling_factor:g}, the VAE's scaling_factor: the target is scaled, the condition is not, and both are the first frame",
         "Measured on your clips without noise, through the real encoding.",
-        lambda: [(f"{', '.join(f'{value:.4g}' for value in slope.tolist())}", slope)], OFF_NETWORK,
+        lambda: [(f"slope {', '.join(f'{value:.4g}' for value in slope.tolist())}", slope)], OFF_NETWORK,
     )  # fmt: skip
     zeros = {"keep_image_embeds": draws.keep_image_embeds * 0, "keep_image_latents": draws.keep_image_latents * 0}
     dropped = encode(parts, two, replace(quiet, **zeros))

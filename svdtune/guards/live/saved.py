@@ -46,7 +46,7 @@ def _whole(session: Session, position: Position, work: Path) -> list[str]:
     raw, ema = raw_optimizer(session), session.ema
     moments = {parameter: copy.deepcopy(values) for parameter, values in raw.state.items()}
     averages = [average.clone() for average in ema.shadow_params] if ema else []
-    after = Position(position.step + STEPS, position.samples)
+    after = Position(position.step + STEPS, position.samples + STEPS * session.clips_per_step)
     folder = state.save(replace(session, folder=RunFolder(work)), after, resolved_yaml(session.config))
     _spoil([*session.trained.values(), *(ema.shadow_params if ema else []), *_tensors_of(raw.state)])
     session.schedule.last_epoch = -1

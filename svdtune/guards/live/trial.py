@@ -88,7 +88,7 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
             return trial
         trial.findings += [*learning.without(session, reached), *learning.held(session)]
         trial.findings += [*learning.moved(session, before, gradients, in_both), *learning.averaged(session, before)]
-        trial.findings += updates.check_averages(session, after_first)
+        trial.findings += [*updates.check_averages(session, after_first), *updates.check_inference(session)]
         del gradients
         if session.accelerator.is_main_process:
             trial.findings += saved(session, position)

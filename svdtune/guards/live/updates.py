@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from svdtune.config.schema import Train
+from svdtune.data.catalog import clip_name
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.learning import raw_optimizer, watched
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position
+from svdtune.trainer.validate import inference
 
 _OFF = 2e-3
 """Relative difference: fused kernels round, and the clip factor has an epsilon."""
@@ -155,11 +157,33 @@ def check_micro_steps(session: Session, position: Position, accumulated: Accumul
     if (got := accumulated.samples.tolist()) != due:
         why = "Clips would be seen twice in an update, or never."
         yield _wrong("Accumulated.samples", f"{got[:8]}", f"{due[:8]}: {train.accumulation} micro-steps of {b}", why)
+    held_out = {clip_name(index, session.config.data) for index in session.catalog.held_out}
+    if strange := sorted(held_out & set(accumulated.names)):
+        yield _wrong(
+            "session.catalog",
+            f"{strange[0]} is trained on",
+            "training files alone",
+            "It is held out: its loss would say nothing.",
+        )
     if (alike := len(accumulated.noise) - len(torch.unique(accumulated.noise, dim=0))) > 0:
         why = "Shared noise makes the gradients of an update alike."
         yield _wrong(
             "Accumulated.noise", f"{alike} clips with the noise of another", "noise of its own for each clip", why
         )
+
+
+def check_inference(session: Session) -> list[Finding]:
+    """Sampling with the averages leaves the weights and the mode of training as they were."""
+    weights = first_weights(session, watched(session))
+    with inference(session):
+        pass
+    same = all(torch.equal(session.trained[name].detach(), value) for name, value in weights.items())
+    if same and session.model.unet.training:
+        return []
+    got = "the UNet stays in eval mode" if same else "the weights of training are replaced by their averages"
+    return [
+        _wrong("validation", got, "the weights and the mode from before", "Every validation would change the training.")
+    ]
 
 
 def check_lora(session: Session) -> Iterator[Finding]:

@@ -23,8 +23,10 @@ from svdtune.guards.findings import Finding
 from svdtune.guards.live import ranks
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
+from svdtune.trainer.metrics import StepReport
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.state import Position
+from svdtune.trainer.watch import Seen
 
 
 def main() -> None:
@@ -53,6 +55,11 @@ def cases(accelerator: Accelerator, config: Config, out: str) -> dict[str, list[
         "other version": check(session, patch.object(diffusers, "__version__", "0.0.1" if second else "0.35.0")),
     }
     found["agree"] = ranks.parameters_agree(session, 200)
+    mine, noise = accelerator.process_index, torch.full((1, 4), float(accelerator.process_index))
+    found["step"] = ranks.step_agrees(session, seen_of([mine], noise, 1.0))
+    found["clips of a step"] = ranks.step_agrees(session, seen_of([7], noise, 1.0))
+    found["noise of a step"] = ranks.step_agrees(session, seen_of([mine], noise * 0, 1.0))
+    found["norm of a step"] = ranks.step_agrees(session, seen_of([mine], noise, 1.0 + 1e-12 * mine))
     vae, clip = session.model.vae, session.model.image_encoder
     tensors = {
         "trained": session.trained[trained].data,
@@ -68,6 +75,11 @@ def cases(accelerator: Accelerator, config: Config, out: str) -> dict[str, list[
         tensor.copy_(before)
     found["sound again"] = [*check(session), *ranks.parameters_agree(session, 201)]
     return {name: [asdict(finding) for finding in findings] for name, findings in found.items()}
+
+
+def seen_of(samples: list[int], noise: torch.Tensor, norm: float) -> Seen:
+    report = StepReport(1.0, norm, {}, False)
+    return Seen(200, report, norm, 1.0, 0.0, torch.tensor(samples), noise, tuple(f"{sample}.mp4" for sample in samples))
 
 
 def check(session: Session, *patches) -> list[Finding]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from svdtune.guards.catalog import RULES
 from svdtune.guards.live.flight import Flight, _stopped
@@ -15,6 +16,8 @@ from svdtune.guards.live.motion import Look
 from svdtune.trainer.metrics import BANDS, StepReport
 from svdtune.trainer.watch import Seen
 from tests.guards.live.test_motion import texture, video
+
+NOTHING = torch.zeros(0)
 
 
 def sound(steps, *, seed=0, spread=1.0, clips=1):
@@ -30,7 +33,8 @@ def sound(steps, *, seed=0, spread=1.0, clips=1):
         by_sigma = {BANDS[band]: float(losses[bands == band].mean()) for band in set(bands.tolist())}
         norm = float(np.exp(random.standard_normal()))
         seconds = 2 * float(np.exp(0.1 * random.standard_normal()))
-        yield Seen(step, StepReport(float(losses.mean()), norm, by_sigma, False), norm, seconds, 0.05)
+        report = StepReport(float(losses.mean()), norm, by_sigma, False)
+        yield Seen(step, report, norm, seconds, 0.05, NOTHING, NOTHING, ())
 
 
 def scaled(seen, *, loss=1.0, norm=1.0, work=1.0, waited=0.0):

@@ -264,6 +264,7 @@ def found(clips, tmp_path_factory) -> list[dict[str, list[dict]]]:
 EXPECTED = {
     "sound": "", "bypassed": "DST810", "same clips": "DST811", "same noise": "DST812", "same tensor": "DST812",
     "other set": "DST814", "other version": "DST815", "agree": "",
+    "step": "", "clips of a step": "DST811", "noise of a step": "DST812", "norm of a step": "DST810",
     "trained at the start": "DST813", "trained in training": "DST813",
     "frozen at the start": "DST813", "frozen in training": "",
     "buffer at the start": "DST813", "buffer in training": "", "sound again": "",
