@@ -34,6 +34,7 @@ from svdtune.trainer.watch import Seen
 
 _ROW = 2**16
 """Words that are summed at once: the table of weights stays at a MiB, and reaches tensors of 16 GiB."""
+_NORM = "the norm of all gradients"
 _NAMED = 3
 """Names that a finding lists."""
 _DECISIVE = ("torch", "diffusers", "svdtune")
@@ -148,7 +149,8 @@ def step_agrees(session: Session, seen: Seen) -> list[Finding]:
     facts = RankFacts(
         session.accelerator.process_index,
         platform.node(),
-        gradients={"the norm of all": int(fingerprint(torch.tensor([seen.grad_norm], dtype=torch.float64)))},
+        trained={_NORM: "float64 ()"},
+        gradients={_NORM: int(fingerprint(torch.tensor([seen.grad_norm], dtype=torch.float64)))},
         samples=tuple(seen.samples.tolist()),
         names=seen.names,
         noise=tuple(words_of(seen.noise)),
