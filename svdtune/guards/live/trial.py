@@ -28,6 +28,8 @@ from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position
 
+_SCALE = 256.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -67,6 +69,7 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
         trial.findings += [*recomputed(quiet, position), *updates.check_schedule(session), *updates.check_lora(session)]
         batches = iter(loop.loader_from(quiet, position))
         _full_rate(session)
+        _calm(session)
         first, found = _watched_backward(quiet, position, batches)
         trial.findings += found
         in_first = learning.reached(session)
@@ -122,13 +125,21 @@ def _watched_backward(
 
 
 def _update(trial: Trial, session: Session, accumulated: Accumulated, number: int) -> bool:
-    """The real update, checked; whether loss and gradients were finite on every rank, or a loss scale has left it out."""
+    """The real update, checked; whether loss and gradients were finite on every rank."""
     start = updates.start(session)
     norm, report = loop.update(session, accumulated, stop=False)
-    if isfinite(report.loss) and isfinite(report.grad_norm):
-        trial.findings += updates.check_update(session, start, norm, number)
-        return True
-    return session.accelerator.scaler is not None and isfinite(report.loss)
+    if not (isfinite(report.loss) and isfinite(report.grad_norm)):
+        return False
+    trial.findings += updates.check_update(session, start, norm, number)
+    return True
+
+
+def _calm(session: Session) -> None:
+    """A small loss scale: fp16's own start is too high and finds its place by leaving updates out, which is no fault."""
+    scaler = session.accelerator.scaler
+    if scaler is not None:
+        scaler.scale(torch.zeros(1, device=session.accelerator.device))  # made at its first use
+        scaler.update(_SCALE)
 
 
 def _not_finite(session: Session, position: Position) -> list[Finding]:
