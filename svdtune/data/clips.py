@@ -51,9 +51,9 @@ def window_frames(index: VideoIndex, *, num_frames: int, fps: float, start_secon
 
 def repeated(index: VideoIndex, fps: float) -> float:
     """Share of the frames of the whole file, taken at `fps`, that are the frame before them again."""
-    count = int(index.duration * fps) + 1
-    numbers = window_frames(index, num_frames=count, fps=fps, start_seconds=0.0)
-    return float(np.mean(np.diff(numbers) == 0)) if count > 1 else 0.0
+    moments = np.arange(int(index.duration * fps) + 1) / fps + index.frame_seconds / 2
+    numbers = np.searchsorted(index.times, moments - 1e-9, side="right")
+    return float(np.mean(np.diff(numbers) == 0)) if len(moments) > 1 else 0.0
 
 
 def _round_down(fps: float) -> str:
