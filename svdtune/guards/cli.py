@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -69,9 +70,14 @@ def _checked(config: Config | None, options: Options, table_to: TextIO) -> Repor
     report = run_preflight(config, options)
     if config is None or options.only is not None or not report.ok or options.device_bytes is not None:
         return report  # --gpu asks about another machine's card
-    from svdtune.guards.live.verb import with_live
+    from svdtune.guards.live.here import objection
 
-    whole = with_live(config, report)
+    if reason := objection(config, report.predicted.get("peak_gib")):
+        whole = replace(report, stages=[*report.stages, Stage("live", 0.0, "skipped", reason)])
+    else:
+        from svdtune.guards.live.verb import proved
+
+        whole = proved(config, report)
     for stage in whole.stages[len(report.stages) :]:
         if options.on_stage:
             options.on_stage(stage)

@@ -138,6 +138,9 @@ class Pass:
         return check_weights(config)
 
     def _data(self, config: Config) -> list[Finding]:
+        before = self.before
+        if before and before.config and "data" in before.found and _of_data(before.config) == _of_data(config):
+            return before.found["data"]  # a patch changed nothing it reads
         from svdtune.guards.clips import check_clips
 
         return check_clips(config, exhaustive=self.options.exhaustive)
@@ -201,6 +204,12 @@ def merged(patches: Sequence[Sequence[str]]) -> list[str]:
     """One value for each key: the last one counts, as it was proved with those before it."""
     last = {override.partition("=")[0]: override for patch in patches for override in patch}
     return list(last.values())
+
+
+def _of_data(config: Config) -> tuple[Any, ...]:
+    """What the stage data reads of a configuration, and more."""
+    sections = config.data, config.validation, config.model, config.conditioning, config.objective
+    return *sections, config.run.seed, config.train.batch_size
 
 
 def _of_step(config: Config) -> tuple[Any, ...]:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate.utils import set_seed
 
 from svdtune.config.load import with_overrides
 from svdtune.config.schema import Config
 from svdtune.contracts import move
 from svdtune.data.catalog import scan
-from svdtune.errors import PreflightError, SvdtuneError
+from svdtune.errors import PreflightError
 from svdtune.guards.findings import Report, Stage
 from svdtune.guards.live.probe import as_findings, probe, render_rows
 from svdtune.guards.live.prove import prove
-from svdtune.model.files import cached_folder
-from svdtune.model.load import local_folder
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
 from svdtune.trainer.run_folder import RunFolder
@@ -30,17 +26,8 @@ from svdtune.trainer.state import Position
 from svdtune.trainer.validate import inference
 
 Result = TypeVar("Result")
-LIGHT_GIB = 2.0
-"""A run that needs no more is built on a CPU too; a larger one would take many minutes there."""
 _CLIPS, _DRAWS = 8, 6
 """Clips, and noise levels of each, that the probe asks the base about."""
-
-
-def with_live(config: Config, report: Report) -> Report:
-    """`report` and the live stages, or why they do not run here."""
-    if reason := objection(config, report.predicted.get("peak_gib")):
-        return replace(report, stages=[*report.stages, Stage("live", 0.0, "skipped", reason)])
-    return proved(config, report)
 
 
 def proved(config: Config, report: Report) -> Report:
@@ -76,19 +63,6 @@ def probed(config: Config) -> tuple[str, Report]:
     return render_rows(rows), Report([stage], as_findings(rows), measured={"probe": [asdict(row) for row in rows]})
 
 
-def objection(config: Config, peak_gib: float | None) -> str:
-    """Why the run is not built here, or nothing."""
-    if not _weights_are_here(config):
-        return "the weights are not on this machine"
-    if torch.cuda.is_available():
-        return ""
-    if peak_gib is None or peak_gib > LIGHT_GIB:
-        return (
-            "no GPU is visible; where there is one, this and `svdtune train` run the real step before the first update"
-        )
-    return ""
-
-
 def built(config: Config, use: Callable[[Session], Result]) -> Result:
     """What `use` makes of the built run; its folder is a temporary one."""
     with tempfile.TemporaryDirectory(prefix="svdtune-preflight-") as work:
@@ -104,11 +78,3 @@ def built(config: Config, use: Callable[[Session], Result]) -> Result:
         del session
         dismiss(accelerator)
     return result
-
-
-def _weights_are_here(config: Config) -> bool:
-    if local_folder(config.model.pretrained) is not None:
-        return True
-    with suppress(SvdtuneError, ValueError):
-        return cached_folder(config.model) is not None
-    return False
