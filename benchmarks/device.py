@@ -9,32 +9,20 @@ them, and prints one JSON object: device, versions, command, findings, predicted
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import write_clips, write_random_model
-
-from svdtune.model.facts import SHIPPED, TINY
+from full_size import prepared
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--base", default="stabilityai/stable-video-diffusion-img2vid-xt", choices=[*SHIPPED, "tiny"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/svdtune-full-size"))
-    arguments = parser.parse_intermixed_args()
-
-    model = write_random_model(TINY if arguments.base == "tiny" else SHIPPED[arguments.base], arguments.work / "model")
+    arguments, model = prepared(__doc__)
     clips = arguments.work / "clips"
-    write_clips(clips)
     command = [sys.executable, "-m", "svdtune", "preflight", arguments.config, f"model.pretrained={model}", "model.variant=fp16",
                f"data.root={clips}", f"run.dir={arguments.work / 'runs'}", *arguments.overrides, "--json"]  # fmt: skip
     predicted, _ = answer([*command, "--only", "memory"])

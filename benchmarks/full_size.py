@@ -28,15 +28,7 @@ from svdtune.model.facts import FILES, SHIPPED, TINY, read_configs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--base", default="stabilityai/stable-video-diffusion-img2vid-xt", choices=[*SHIPPED, "tiny"])
-    parser.add_argument("--work", type=Path, default=Path("/tmp/svdtune-full-size"))
-    arguments = parser.parse_intermixed_args()
-
-    model = write_random_model(TINY if arguments.base == "tiny" else SHIPPED[arguments.base], arguments.work / "model")
-    write_clips(arguments.work / "clips")
+    arguments, model = prepared(__doc__)
     run = arguments.work / "runs" / Path(arguments.config).stem
     shutil.rmtree(run, ignore_errors=True)
     command = [
@@ -47,6 +39,19 @@ def main() -> None:
     ]  # fmt: skip
     subprocess.run(command, check=True)
     print(json.dumps(summary(run, command), indent=2))
+
+
+def prepared(description: str | None) -> tuple[argparse.Namespace, Path]:
+    """The command line of a benchmark at full size, and the model that it asks for; clips lie beside it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--base", default="stabilityai/stable-video-diffusion-img2vid-xt", choices=[*SHIPPED, "tiny"])
+    parser.add_argument("--work", type=Path, default=Path("/tmp/svdtune-full-size"))
+    arguments = parser.parse_intermixed_args()
+    write_clips(arguments.work / "clips")
+    facts = TINY if arguments.base == "tiny" else SHIPPED[arguments.base]
+    return arguments, write_random_model(facts, arguments.work / "model")
 
 
 def write_clips(folder: Path) -> None:

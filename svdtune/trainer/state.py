@@ -33,7 +33,7 @@ def save(session: Session, position: Position, resolved: str) -> Path:
 
     def write(folder: Path) -> None:
         disk.save_trained(folder, session.trained, lora=session.config.adapt.method == "lora")
-        save_optimizer(folder, _raw(session.optimizer), session.trained)
+        save_optimizer(folder, raw_optimizer(session), session.trained)
         if session.ema is not None:
             disk.save_ema(folder, session.ema, session.trained)
         save_json(folder / "scheduler.json", {"last_epoch": position.step})
@@ -76,7 +76,7 @@ def restore(session: Session, folder: Path) -> tuple[Position, list[str]]:
 
     Raises CheckpointError as `resume` does.
     """
-    raw = _raw(session.optimizer)
+    raw = raw_optimizer(session)
     options = [{key: value for key, value in group.items() if key != "params"} for group in raw.param_groups]
     disk.load_trained(folder, session.trained)
     load_optimizer(folder, raw, session.trained)
@@ -172,10 +172,12 @@ def _advance(session: Session, step: int) -> None:
     schedule = session.schedule
     schedule.last_epoch = step
     rates = [base * f(step) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]  # pyright: ignore[reportAttributeAccessIssue]
-    for group, rate in zip(_raw(session.optimizer).param_groups, rates, strict=True):
+    for group, rate in zip(raw_optimizer(session).param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
 
 
-def _raw(optimizer: Any) -> torch.optim.Optimizer:
+def raw_optimizer(session: Session) -> torch.optim.Optimizer:
+    """The optimizer without accelerate's wrapper."""
+    optimizer: Any = session.optimizer
     return getattr(optimizer, "optimizer", optimizer)

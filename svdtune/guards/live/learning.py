@@ -15,6 +15,7 @@ from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import hooks
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
+from svdtune.trainer.state import raw_optimizer
 
 STEPS = 2
 """LoRA's second matrix starts at zero: the first has a gradient from the second step on."""
@@ -236,9 +237,3 @@ def of_set(code: str, names: Sequence[str], got: str, expected: str, why: str) -
     return [
         Finding(code, "error", names[0], got, expected, why, "Mend what lies between these parameters and the loss.")
     ]
-
-
-def raw_optimizer(session: Session) -> torch.optim.Optimizer:
-    """The optimizer without accelerate's wrapper."""
-    optimizer: Any = session.optimizer
-    return getattr(optimizer, "optimizer", optimizer)

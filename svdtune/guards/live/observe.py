@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svdtune.config.load import with_overrides
 from svdtune.contracts import Draws, Encoded, StepResult, VideoBatch
+from svdtune.trainer import loop
+from svdtune.trainer.build import Session
+from svdtune.trainer.state import Position
 from svdtune.trainer.step import Parts, denoise, train_step
 
 NAMES = ("sample", "timestep", "encoder_hidden_states", "added_time_ids")
@@ -56,6 +61,17 @@ def observe(parts: Parts, batch: VideoBatch, draws: Draws) -> Observed:
         result = train_step(parts, batch, draws)
     slope = torch.autograd.grad(result.loss, leaf, allow_unused=True)[0] if result.loss.requires_grad else None
     return Observed(batch, draws, result, heard, torch.zeros_like(leaf[0]) if slope is None else slope, dtypes)
+
+
+def aside(session: Session, *overrides: str) -> Session:
+    """The same run with other options, its clips read in this process: for steps beside those of training."""
+    return replace(session, config=with_overrides(session.config, ["data.workers=0", *overrides]))
+
+
+def single_clips(session: Session, count: int) -> list[VideoBatch]:
+    """The run's first clips, one in each batch, however few its own steps would read."""
+    alone = aside(session, "train.batch_size=1", f"train.steps={session.config.train.steps + count}")
+    return list(islice(loop.loader_from(alone, Position()), count))
 
 
 def condition(parts: Parts, encoded: Encoded, batch: VideoBatch, draws: Draws) -> StepResult:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdtune.config.load import with_overrides
 from svdtune.contracts import Draws, VideoBatch, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
-from svdtune.guards.live.observe import Observed, hooks
+from svdtune.guards.live.observe import Observed, aside, hooks
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.state import Position
@@ -75,8 +74,7 @@ def culprit_of(session: Session, position: Position) -> Culprit | None:
     """The first value that is not finite in the update after `position`, whose clips are read again; this rank's."""
     parts, device = replace(session.parts, unet=session.model.unet), session.accelerator.device
     scaler = session.accelerator.scaler
-    quiet = replace(session, config=with_overrides(session.config, ["data.workers=0"]))
-    batches = loop.loader_from(quiet, position)
+    batches = loop.loader_from(aside(session), position)
     for batch in islice(batches, session.config.train.accumulation):
         draws = move(draws_for(batch, parts.facts, session.config), device)
         scale = scaler.get_scale() if scaler is not None else 1.0
@@ -106,6 +104,17 @@ def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float
     for parameter in parts.unet.parameters():
         parameter.grad = None
     return found[0] if found else None
+
+
+def not_finite(culprit: Culprit | None, clips: Sequence[str] = ()) -> Finding:
+    """NUM606: the module where it began, or that it is not found again."""
+    where, got = (
+        (culprit.module, str(culprit)) if culprit else ("StepResult.loss", "loss or gradient norm is not finite")
+    )
+    why = "No update can be made from it, and training would stop there."
+    why += f" Clips: {', '.join(clips)}." if clips else ""
+    fix = "Weights with infinite or NaN entries: copy the base again. Overflow in fp16: train.precision=bf16."
+    return Finding("NUM606", "error", where, got, "finite numbers", why, fix)
 
 
 def _watch(name: str, found: list[Culprit]) -> Any:

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from svdtune.config.load import with_overrides
 from svdtune.contracts import move
 from svdtune.diffusion.draws import draws_for
 from svdtune.errors import PreflightError, SvdtuneError
-from svdtune.guards.findings import Finding, Stage
-from svdtune.guards.live.observe import Observed, observe
+from svdtune.guards.findings import Finding, Report, Stage
+from svdtune.guards.live.observe import aside, observe
 from svdtune.guards.live.oom import out_of_memory
 from svdtune.guards.live.pictures import numbers, of_encoding, of_networks
-from svdtune.guards.live.precision import check_precision, first_not_finite
+from svdtune.guards.live.precision import check_precision, first_not_finite, not_finite
 from svdtune.guards.live.ranks import RankFacts, check_ranks, facts_of_rank, words_of
 from svdtune.guards.live.recipe import of_other_draws, of_records
 from svdtune.guards.live.relations import broken
@@ -32,7 +31,6 @@ from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position
-from svdtune.trainer.step import Parts
 
 _CLIPS = 3
 """Clips in the observed step, where train.batch_size has them: with one nothing can be mixed up, with two not all."""
@@ -45,6 +43,18 @@ class Proof:
     stages: list[Stage] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
+
+    def onto(self, report: Report, ignore: Sequence[str]) -> Report:
+        """`report` with these stages and findings behind its own; those of `ignore` among the ignored ones."""
+        kept = [finding for finding in self.findings if finding.code not in ignore]
+        ignored = [finding for finding in self.findings if finding.code in ignore]
+        return replace(
+            report,
+            stages=[*report.stages, *self.stages],
+            findings=[*report.findings, *kept],
+            ignored=[*report.ignored, *ignored],
+            measured=self.measured,
+        )
 
 
 def prove(session: Session, position: Position) -> Proof:
@@ -67,13 +77,13 @@ def check_meaning(session: Session, position: Position) -> Iterator[Finding]:
     """SEM5xx and NUM6xx of one observed step on the first clips."""
     parts = replace(session.parts, unet=session.model.unet)
     config, device = session.config, session.accelerator.device
-    few = with_overrides(config, ["data.workers=0", f"train.batch_size={min(config.train.batch_size, _CLIPS)}"])
-    batch = next(loop.loader_from(replace(session, config=few), position))
+    few = aside(session, f"train.batch_size={min(config.train.batch_size, _CLIPS)}")
+    batch = next(loop.loader_from(few, position))
     draws = draws_for(batch, parts.facts, config)
     batch, draws = move(batch, device), move(draws, device)
     seen = observe(parts, batch, draws)
     if not bool(seen.result.loss.isfinite()):
-        yield _not_finite(parts, seen)
+        yield not_finite(first_not_finite(parts, batch, draws), batch.names)
         return
     own = numbers(session.model)
     yield from broken(
@@ -85,14 +95,6 @@ def check_meaning(session: Session, position: Position) -> Iterator[Finding]:
         )
     )
     yield from check_precision(seen, parts)
-
-
-def _not_finite(parts: Parts, seen: Observed) -> Finding:
-    culprit = first_not_finite(parts, seen.batch, seen.draws)
-    return Finding("NUM606", "error", culprit.module if culprit else "StepResult.loss", str(culprit or "the loss is not finite"),
-        "finite numbers",
-                   f"No update can be made from it. Clips: {', '.join(seen.batch.names)}.",
-                   "Weights with infinite or NaN entries: copy the base again. Overflow in fp16: train.precision=bf16.")  # fmt: skip
 
 
 class _Facts:

@@ -16,11 +16,11 @@ from svdtune.config.load import resolved_yaml
 from svdtune.contracts import Draws, VideoBatch, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
-from svdtune.guards.live.learning import STEPS, of_set, raw_optimizer
+from svdtune.guards.live.learning import STEPS, of_set
 from svdtune.trainer import loop, state
 from svdtune.trainer.build import Session
 from svdtune.trainer.run_folder import RunFolder
-from svdtune.trainer.state import Position
+from svdtune.trainer.state import Position, raw_optimizer
 from svdtune.trainer.step import train_step
 
 _SAVED = 2**28

@@ -9,24 +9,24 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdtune.config.load import with_overrides
 from svdtune.contracts import VideoBatch
 from svdtune.guards.findings import Finding
 from svdtune.guards.live import learning, updates
-from svdtune.guards.live.learning import STEPS, Before, raw_optimizer
-from svdtune.guards.live.precision import culprit_of
+from svdtune.guards.live.learning import STEPS, Before
+from svdtune.guards.live.observe import aside
+from svdtune.guards.live.precision import culprit_of, not_finite
 from svdtune.guards.live.saved import recomputed, saved
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
-from svdtune.trainer.state import Position
+from svdtune.trainer.state import Position, raw_optimizer
 
 _SCALE = 256.0
 
@@ -75,7 +75,7 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
         in_first = learning.reached(session)
         after_backward(first)
         if not _update(trial, quiet, first, 1):
-            trial.findings += _not_finite(quiet, position)
+            trial.findings += [not_finite(culprit_of(quiet, position))]
             return trial
         trial.findings += learning.left_over(session)
         after_first = updates.first_weights(session, learning.watched(session))
@@ -87,7 +87,8 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
         finite = _update(trial, quiet, second, 2)
         trial.measured = clock.read(second.waited)
         if not finite:
-            trial.findings += _not_finite(quiet, Position(position.step + 1, position.samples + session.clips_per_step))
+            after_one = Position(position.step + 1, position.samples + session.clips_per_step)
+            trial.findings += [not_finite(culprit_of(quiet, after_one))]
             return trial
         trial.findings += [*learning.without(session, reached), *learning.held(session)]
         trial.findings += [*learning.moved(session, before, gradients, in_both), *learning.averaged(session, before)]
@@ -142,28 +143,13 @@ def _calm(session: Session) -> None:
         scaler.update(_SCALE)
 
 
-def _not_finite(session: Session, position: Position) -> list[Finding]:
-    """NUM606: the module where it began, or that it is not found again."""
-    culprit = culprit_of(session, position)
-    where, got = (
-        (culprit.module, str(culprit)) if culprit else ("the trial update", "loss or gradient norm is not finite")
-    )
-    why = "No update can be made from it, and training would stop there."
-    fix = "Weights with infinite or NaN entries: copy the base again. Overflow: train.precision=bf16."
-    return [Finding("NUM606", "error", where, got, "finite numbers", why, fix)]
-
-
 def _gradients(session: Session) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in session.trained.items()}
 
 
 def _quiet(session: Session) -> Session:
     """The same run without worker processes, with a clip left for both updates, nothing dropped (a dropped token has no gradient)."""
-    more = session.config.train.steps + STEPS
-    return replace(
-        session,
-        config=with_overrides(session.config, ["data.workers=0", f"train.steps={more}", "conditioning.dropout=0"]),
-    )
+    return aside(session, f"train.steps={session.config.train.steps + STEPS}", "conditioning.dropout=0")
 
 
 def _full_rate(session: Session) -> None:

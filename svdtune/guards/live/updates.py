@@ -17,10 +17,10 @@ from torch import Tensor
 from svdtune.config.schema import Train
 from svdtune.data.catalog import clip_name
 from svdtune.guards.findings import Finding
-from svdtune.guards.live.learning import raw_optimizer, watched
+from svdtune.guards.live.learning import watched
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
-from svdtune.trainer.state import Position
+from svdtune.trainer.state import Position, raw_optimizer
 from svdtune.trainer.validate import inference
 
 _OFF = 2e-3

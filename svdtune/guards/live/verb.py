@@ -17,9 +17,9 @@ from svdtune.contracts import move
 from svdtune.data.catalog import scan
 from svdtune.errors import PreflightError
 from svdtune.guards.findings import Report, Stage
+from svdtune.guards.live.observe import single_clips
 from svdtune.guards.live.probe import as_findings, probe, render_rows
 from svdtune.guards.live.prove import prove
-from svdtune.trainer import loop
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.state import Position
@@ -32,30 +32,16 @@ _CLIPS, _DRAWS = 8, 6
 
 def proved(config: Config, report: Report) -> Report:
     """`report` and the live stages."""
-    proof = built(config, lambda session: prove(session, Position()))
-    kept = [finding for finding in proof.findings if finding.code not in config.preflight.ignore]
-    ignored = [finding for finding in proof.findings if finding.code in config.preflight.ignore]
-    return replace(
-        report, stages=[*report.stages, *proof.stages], findings=[*report.findings, *kept], ignored=[*report.ignored, *ignored],
-        measured=proof.measured
-    )  # fmt: skip
+    return built(config, lambda session: prove(session, Position())).onto(report, config.preflight.ignore)
 
 
 def probed(config: Config) -> tuple[str, Report]:
     """The table of conventions for a person, and its findings. The base is asked as it is: adapters start at zero."""
 
     def ask(session: Session) -> Any:
-        quiet = replace(
-            session,
-            config=with_overrides(
-                config, ["data.workers=0", "train.batch_size=1", f"train.steps={config.train.steps + _CLIPS}"]
-            ),
-        )
-        batches = [batch for batch, _ in zip(loop.loader_from(quiet, Position()), range(_CLIPS), strict=False)]
-        device = session.accelerator.device
+        batches = [move(batch, session.accelerator.device) for batch in single_clips(session, _CLIPS)]
         with inference(session):
-            parts = replace(session.parts, unet=session.model.unet)
-            return probe(parts, [move(batch, device) for batch in batches], config, draws=_DRAWS)
+            return probe(replace(session.parts, unet=session.model.unet), batches, config, draws=_DRAWS)
 
     started = time.perf_counter()
     rows = built(config, ask)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
 
-from svdtune.config.load import with_overrides
 from svdtune.errors import PreflightError
 from svdtune.guards.cli import write_report
 from svdtune.guards.findings import Finding, Report
 from svdtune.guards.live.flight import Flight
+from svdtune.guards.live.observe import single_clips
 from svdtune.guards.live.precision import culprit_of
 from svdtune.guards.live.prove import prove
 from svdtune.guards.live.ranks import step_agrees
 from svdtune.guards.render import block, summary_of_proof
-from svdtune.trainer import loop, tracking
+from svdtune.trainer import tracking
 from svdtune.trainer.build import Session
 from svdtune.trainer.state import Position
 from svdtune.trainer.validate import load_frames, sample_folder, to_uint8
@@ -44,18 +44,10 @@ class Watcher(Watch):
     def before(self, session: Session, position: Position) -> None:
         """Raises PreflightError when the proof fails."""
         proof = prove(session, position)
-        ignore = session.config.preflight.ignore
-        kept = [finding for finding in proof.findings if finding.code not in ignore]
+        told = proof.onto(self.report or Report([], []), session.config.preflight.ignore)
         if session.accelerator.is_main_process:
-            static = self.report or Report([], [])
-            told = replace(
-                static,
-                stages=[*static.stages, *proof.stages],
-                findings=[*static.findings, *kept],
-                ignored=[*static.ignored, *(finding for finding in proof.findings if finding.code in ignore)],
-                measured=proof.measured,
-            )
             write_report(session.config, told)
+        kept = [finding for finding in proof.findings if finding.code not in session.config.preflight.ignore]
         text = "\n\n".join(block(finding) for finding in kept)
         if any(finding.severity == "error" for finding in kept):
             raise PreflightError(
@@ -121,6 +113,4 @@ def _frames(videos: Mapping[str, Path]) -> dict[str, np.ndarray]:
 
 
 def _training_clips(session: Session) -> list[np.ndarray]:
-    more = ["data.workers=0", "train.batch_size=1", f"train.steps={session.config.train.steps + _CLIPS}"]
-    batches = loop.loader_from(replace(session, config=with_overrides(session.config, more)), Position())
-    return [to_uint8(batch.pixels[0]) for batch, _ in zip(batches, range(_CLIPS), strict=False)]
+    return [to_uint8(batch.pixels[0]) for batch in single_clips(session, _CLIPS)]
