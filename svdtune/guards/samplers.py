@@ -15,6 +15,9 @@ from svdtune.diffusion.draws import make_draws
 from svdtune.guards.findings import Finding
 
 COUNT = 8000
+_CLIPS, _FRAMES, _LATENTS = 48, 4, 4
+"""Samples, frames, and latents a side, in which neighbours are compared."""
+_AXES = ("frames", "channels", "height", "width")
 _SURE = 6.0
 """Standard deviations: sound draws pass it once in 500 million, and the same seed gives the same draws."""
 _CHANCE = 40
@@ -156,10 +159,6 @@ def _structure(config: Config, facts: ModelFacts) -> Iterator[Finding]:
                     f"correlation {together:.2g}",
                     "independent numbers",
                 )
-
-
-_CLIPS, _FRAMES, _LATENTS = 48, 4, 4
-_AXES = ("frames", "channels", "height", "width")
 
 
 def _unit(values: Tensor) -> Tensor:

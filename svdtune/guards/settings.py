@@ -26,6 +26,8 @@ _DROWNED, _LARGEST = 20.0, 80.0
 """A strength of noise that no clip should meet, and ln of one that float32 cannot square and sum."""
 _FPS, _MOTION = (5, 30), (1, 255)
 """What SVD was trained with (sgm's sampling script and paper)."""
+_FEW_CODES = 10
+"""So many are listed; of more the report is the list."""
 
 
 def check_settings(config: Config) -> list[Finding]:
@@ -375,9 +377,6 @@ def _mostly_held_out(config: Config) -> list[Finding]:
             ("data.holdout=0.1",),
         )
     ]  # fmt: skip
-
-
-_FEW_CODES = 10
 
 
 def _unknown_codes(config: Config) -> list[Finding]:

@@ -44,14 +44,17 @@ class Proof:
     findings: list[Finding] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
 
+    def kept(self, ignore: Sequence[str]) -> list[Finding]:
+        """Findings that are not ignored."""
+        return [finding for finding in self.findings if finding.code not in ignore]
+
     def onto(self, report: Report, ignore: Sequence[str]) -> Report:
         """`report` with these stages and findings behind its own; those of `ignore` among the ignored ones."""
-        kept = [finding for finding in self.findings if finding.code not in ignore]
         ignored = [finding for finding in self.findings if finding.code in ignore]
         return replace(
             report,
             stages=[*report.stages, *self.stages],
-            findings=[*report.findings, *kept],
+            findings=[*report.findings, *self.kept(ignore)],
             ignored=[*report.ignored, *ignored],
             measured=self.measured,
         )

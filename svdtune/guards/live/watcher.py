@@ -44,10 +44,10 @@ class Watcher(Watch):
     def before(self, session: Session, position: Position) -> None:
         """Raises PreflightError when the proof fails."""
         proof = prove(session, position)
-        told = proof.onto(self.report or Report([], []), session.config.preflight.ignore)
+        ignore = session.config.preflight.ignore
         if session.accelerator.is_main_process:
-            write_report(session.config, told)
-        kept = [finding for finding in proof.findings if finding.code not in session.config.preflight.ignore]
+            write_report(session.config, proof.onto(self.report or Report([], []), ignore))
+        kept = proof.kept(ignore)
         text = "\n\n".join(block(finding) for finding in kept)
         if any(finding.severity == "error" for finding in kept):
             raise PreflightError(
