@@ -24,7 +24,8 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from svdtune.data.demo import write_demo
-from svdtune.model.facts import FILES, SHIPPED, TINY, read_configs
+from svdtune.model.facts import FILES, SHIPPED, TINY
+from svdtune.model.source import read_configs
 
 
 def main() -> None:

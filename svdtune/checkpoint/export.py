@@ -29,8 +29,10 @@ from svdtune.checkpoint.files import (
     save_json,
     swap_in,
 )
-from svdtune.checkpoint.tensors import load_tensors, require_same, save_tensors, shapes_of
-from svdtune.errors import CheckpointError, ModelError
+from svdtune.checkpoint.tensors import require_same, save_tensors, shapes_of
+from svdtune.errors import CheckpointError
+from svdtune.model.original import TEMPORAL_VAE
+from svdtune.model.source import part_tensors, read_configs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,7 +46,7 @@ _CLASSES = {
     "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-    "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+    "vae": ["diffusers", TEMPORAL_VAE],
 }
 _JSON = {
     "feature_extractor": "preprocessor_config.json",
@@ -65,11 +67,11 @@ class Base:
     """The model a run started from."""
 
     name: str
-    """Hub id or folder as in `model.pretrained`; written into an adapter."""
-    folder: Path
-    """Its diffusers folder on this machine."""
+    """Hub id, folder or file as in `model.pretrained`; written into an adapter."""
+    source: Path
+    """Its diffusers folder or single file on this machine."""
     variant: str | None
-    """Which weight files of the folder were used: `fp16` reads `*.fp16.safetensors`, None the plain names."""
+    """Which weight files of a folder were used: `fp16` reads `*.fp16.safetensors`, None the plain names."""
     widened: bool = False
     """Whether `model.on_mismatch: adapt` made the UNet from weights of other names or shapes."""
 
@@ -80,7 +82,7 @@ def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, ha
     Parameters that require grad are taken from `unet`, all others from the base's files: a frozen weight that the run
     held in bf16 would otherwise lose bits. With `half` floating weights are float16, else float32; the file names are
     the plain ones, so that `from_pretrained` needs no variant. `unet` is the bare module (no DDP), adapter "default".
-    Raises ModelError when the base folder lacks a part, CheckpointError when the disk is full or a value does not fit float16.
+    Raises ModelError when the base cannot be read any more, CheckpointError when the disk is full or a value does not fit float16.
     """
     partial = partial_name(destination)
     restore(destination)
@@ -107,17 +109,19 @@ def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, ha
 def _write_pipeline(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
     from diffusers import __version__
 
+    configs = read_configs(base.source)
     for part, name in _JSON.items():
         if part != "image_encoder":
             (folder / part).mkdir()
-            _write_json(folder / part / name, _read_json(base, part, name))
+            _write_json(folder / part / name, getattr(configs, part))
     for part, name in _WEIGHTS.items():
         if part != "image_encoder":
-            tensors = _base_weights(base, part)
+            tensors = dict(part_tensors(base.source, part, base.variant))
             tensors = _trained_over(tensors, unet, base) if part == "unet" else tensors
             save_tensors(folder / part / name, _cast(part, tensors, dtype), {"format": "pt"})
     _write_image_encoder(folder, base, unet, dtype)
     index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES}
+    index["vae"] = ["diffusers", configs.vae.get("_class_name", TEMPORAL_VAE)]
     save_json(folder / "model_index.json", index)
 
 
@@ -139,7 +143,8 @@ def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype
 def _write_image_encoder(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
     """The base's CLIP tower, with the bridge of the UNet folded in where there is one."""
     part = "image_encoder"
-    content, tensors = _read_json(base, part, _JSON[part]), _base_weights(base, part)
+    content = dict(read_configs(base.source).image_encoder)
+    tensors = dict(part_tensors(base.source, part, base.variant))
     # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
     content.pop("torch_dtype", None)
     content["dtype"] = "float32"
@@ -157,32 +162,8 @@ def _bridge(unet: nn.Module) -> Tensor | None:
     return dict(unet.named_parameters()).get(_BRIDGE)
 
 
-def _read_json(base: Base, part: str, name: str) -> dict[str, Any]:
-    source = base.folder / part / name
-    if not source.is_file():
-        raise ModelError(
-            f"{source}: expected the {part} settings of the base, got none, so the exported pipeline would not open. "
-            "Restore the file from the model's release and run the same command again."
-        )
-    return json.loads(source.read_text(encoding="utf-8"))
-
-
 def _write_json(target: Path, content: Mapping[str, Any]) -> None:
     target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _base_weights(base: Base, part: str) -> dict[str, Tensor]:
-    """All tensors of one part, shards merged."""
-    suffix = f".{base.variant}.safetensors" if base.variant else ".safetensors"
-    dots = 2 if base.variant else 1
-    stem = Path(_WEIGHTS[part]).stem
-    paths = sorted(p for p in (base.folder / part).glob(f"{stem}*{suffix}") if p.name.count(".") == dots)
-    if not paths:
-        raise ModelError(
-            f"{base.folder / part}: expected *{suffix} (model.variant={base.variant or 'null'}), got no such file: the base "
-            "folder changed since the run began. Restore it and run the same command again."
-        )
-    return {name: tensor for path in paths for name, tensor in load_tensors(path).items()}
 
 
 def _trained_over(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> dict[str, Tensor]:
@@ -196,7 +177,7 @@ def _trained_over(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> di
         kept = {name: tensor for name, tensor in tensors.items() if shapes_of(frozen).get(name) == tuple(tensor.shape)}
         tensors = {**trained, **frozen, **kept}
     in_base = {name: shape for name, shape in shapes_of(tensors).items() if name in trained}
-    require_same(base.folder / "unet", in_base, shapes_of(trained))
+    require_same(base.source / "unet", in_base, shapes_of(trained))
     return {**tensors, **trained}
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from svdtune.config.schema import Adapt
-from svdtune.guards.family import Family, Shapes, recognise
 from svdtune.guards.findings import Finding
 from svdtune.model.facts import HARMLESS
+from svdtune.model.family import Family, Shapes, recognise
 from svdtune.model.widen import Widening, plan_widening
 
 _RANDOM = (

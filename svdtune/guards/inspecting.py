@@ -14,13 +14,13 @@ from typing import Any
 from svdtune.config.schema import Adapt, Config, Model
 from svdtune.errors import UsageError
 from svdtune.guards.differences import blocks_of, some, told_by_cause
-from svdtune.guards.family import Family, Shapes, recognise
 from svdtune.guards.findings import Finding
-from svdtune.guards.headers import BadFile, Entry, read_header
 from svdtune.guards.model_json import check_part_json, read_jsons
 from svdtune.guards.weights import check_folder, check_part, expected_shapes, read_part
 from svdtune.model.facts import CLASSES, FILES, PACKAGE, STEMS, TINY, class_name
+from svdtune.model.family import Family, Shapes, recognise
 from svdtune.model.files import WeightFiles, find_weights
+from svdtune.model.headers import BadFile, Entry, read_header
 
 SHIPPED = {"svd": PACKAGE / "facts" / "svd", "svd-xt": PACKAGE / "facts" / "svd-xt", "tiny": TINY}
 _LEDGER = PACKAGE / "facts" / "original" / "svd_xt.json.gz"

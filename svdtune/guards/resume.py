@@ -10,9 +10,8 @@ from svdtune.checkpoint.manifest import read_manifest
 from svdtune.config.schema import Config
 from svdtune.errors import CheckpointError, ModelError
 from svdtune.guards.findings import Finding
-from svdtune.guards.headers import BadFile, read_header
-from svdtune.model.facts import local_folder
-from svdtune.model.load import weights_hash
+from svdtune.model.headers import BadFile, read_header
+from svdtune.model.source import local_source, weights_hash
 
 _RESTORE = "Restore the folder from a copy, remove it, or set another run.name to start anew."
 _HASHED = 2**29
@@ -49,13 +48,12 @@ def _finished(config: Config, folder: Path) -> list[Finding]:
 
 def _other_base(config: Config, folder: Path) -> list[Finding]:
     """Where hashing the base takes no time; training always compares."""
-    base = local_folder(config.model.pretrained)
+    base = local_source(config.model.pretrained)
     recorded = read_manifest(folder).conventions.get("base", {}).get("unet_sha256")
-    if (
-        base is None
-        or recorded is None
-        or sum(path.stat().st_size for path in (base / "unet").glob("*.safetensors")) > _HASHED
-    ):
+    if base is None or recorded is None:
+        return []
+    files = [base] if base.is_file() else [*(base / "unet").glob("*.safetensors")]
+    if sum(path.stat().st_size for path in files) > _HASHED:
         return []
     try:
         now = weights_hash(base, "unet", config.model.variant)

@@ -11,11 +11,10 @@ from svdtune.model.facts import (
     Contradiction,
     ModelConfigs,
     contradictions,
-    local_folder,
     model_facts,
-    read_configs,
     require_useful_bridge,
 )
+from svdtune.model.source import local_source, read_configs
 
 _CODES = {
     "time_ids": "SHP402",
@@ -29,8 +28,8 @@ _CODES = {
 def local_configs(config: Config) -> ModelConfigs | None:
     """The model's own JSON where it lies on this machine; None when it must be fetched first or cannot be read."""
     try:
-        folder = local_folder(config.model.pretrained) or SHIPPED.get(config.model.pretrained)
-        return read_configs(folder) if folder else None
+        source = local_source(config.model.pretrained) or SHIPPED.get(config.model.pretrained)
+        return read_configs(source) if source else None
     except ModelError:
         return None
 

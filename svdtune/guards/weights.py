@@ -10,12 +10,12 @@ from typing import Any
 
 from svdtune.config.schema import Config
 from svdtune.guards.differences import told_by_cause
-from svdtune.guards.family import recognise
 from svdtune.guards.findings import Finding
-from svdtune.guards.headers import BadFile, Entry, read_header, read_index
 from svdtune.guards.model_json import check_json, read_jsons
 from svdtune.model.facts import FILES, SHIPPED, STEMS, TINY
+from svdtune.model.family import recognise
 from svdtune.model.files import PICKLES, WeightFiles, cached_folder, find_weights
+from svdtune.model.headers import BadFile, Entry, read_header, read_index
 
 _VARIANTS = ("fp16", "bf16", "fp32", "ema", "non_ema")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -138,15 +138,11 @@ def read_part(weights: WeightFiles) -> tuple[dict[str, Entry], list[Finding]]:
 def expected_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the network that a part's config makes, built on the meta device by the classes that training loads."""
     import torch
-    from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from svdtune.model.load import build_part
 
     with torch.device("meta"):
-        if part == "image_encoder":
-            network: Any = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(config)))
-        else:
-            cls: Any = UNetSpatioTemporalConditionModel if part == "unet" else AutoencoderKLTemporalDecoder
-            network = cls.from_config(dict(config))
+        network = build_part(part, config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 

@@ -30,6 +30,8 @@ FILES = {
 }
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "image_encoder": "model"}
 """How diffusers and transformers call the weights of each part; other files in a folder are not theirs."""
+IMAGE_DECODER = "AutoencoderKL"
+"""The VAE of an `image_decoder` release, which decodes each frame for itself."""
 CLASSES = {
     "unet": "UNetSpatioTemporalConditionModel",
     "vae": "AutoencoderKLTemporalDecoder",
@@ -43,33 +45,22 @@ IMAGE_UNET = "UNet2DConditionModel"
 
 @dataclass(frozen=True)
 class ModelConfigs:
-    """The JSON of all five parts of an SVD pipeline, and the folder they were read from."""
+    """The JSON of all five parts of an SVD pipeline, and where they were read from."""
 
-    folder: Path
+    source: Path
+    """The diffusers folder, or the single file."""
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     image_encoder: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     feature_extractor: Mapping[str, Any]
 
-
-def local_folder(pretrained: str) -> Path | None:
-    """The folder `model.pretrained` names on this machine, or None when it is a hub id."""
-    if pretrained == "tiny":
-        return TINY
-    path = Path(pretrained)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"model.pretrained: {pretrained} is a file. Give a diffusers folder, a hub id or 'tiny'.")
-    if len(path.parts) != 2 or pretrained.startswith((".", "/", "~")):
-        raise ModelError(
-            f"model.pretrained: no such folder: {path}. Give a diffusers folder that exists, a hub id (owner/name) or 'tiny'."
-        )
-    return None
+    def where(self, part: str) -> str:
+        """What a message calls the JSON of `part`."""
+        return f"{self.source} ({part})" if self.source.is_file() else str(self.source / FILES[part])
 
 
-def read_configs(folder: Path) -> ModelConfigs:
+def read_folder_configs(folder: Path) -> ModelConfigs:
     """The five JSON files under a diffusers folder.
 
     Raises ModelError naming a missing file, broken JSON, or a class that is not SVD's.
@@ -84,7 +75,7 @@ def read_configs(folder: Path) -> ModelConfigs:
                 "model's (stabilityai/stable-video-diffusion-img2vid fits Stable Diffusion 2.x; for 1.x set cross_attention_dim "
                 "to 768 and num_attention_heads to [8, 8, 8, 8]), keep the image model's weights beside it and set model.on_mismatch=adapt."
             )
-        if got != wanted:
+        if got != wanted and (name, got) != ("vae", IMAGE_DECODER):
             raise ModelError(
                 f"{folder / FILES[name]}: class is {got}, expected {wanted}. This is not a Stable Video Diffusion model."
             )
@@ -157,7 +148,7 @@ def model_facts(configs: ModelConfigs, *, bridge: bool = False) -> ModelFacts:
     if found := contradictions(configs, bridge=bridge):
         told = "; ".join(wrong.why for wrong in found)
         raise ModelError(
-            f"{configs.folder}: {told}. These parts do not belong together; take all from one SVD release."
+            f"{configs.source}: {told}. These parts do not belong together; take all from one SVD release."
         )
     unet, vae, clip = (_Part(configs, part) for part in ("unet", "vae", "image_encoder"))
     return ModelFacts(
@@ -180,7 +171,7 @@ def require_useful_bridge(configs: ModelConfigs) -> None:
     )
     if clip == unet:
         raise ConfigError(
-            f"conditioning.bridge: got linear, expected null: the image encoder of {configs.folder} gives embeddings of width "
+            f"conditioning.bridge: got linear, expected null: the image encoder of {configs.source} gives embeddings of width "
             f"{clip} and the UNet's cross_attention_dim is {unet}. They fit as they are, and a new projection between them "
             "would have to be learned from nothing.",
             ("conditioning.bridge=null",),
@@ -195,7 +186,7 @@ class _Part:
     name: str
 
     def at(self, key: str) -> str:
-        return f"{self.configs.folder / FILES[self.name]}: {key}"
+        return f"{self.configs.where(self.name)}: {key}"
 
     def integer(self, key: str) -> int:
         value = self._value(key)

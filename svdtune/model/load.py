@@ -1,15 +1,15 @@
-"""Diffusers parts from a folder, a hub id or `tiny`; strict, classes by name, safetensors only."""
+"""Diffusers parts from a folder, a single file, a hub id or `tiny`; strict, classes by name, safetensors only."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -20,19 +20,17 @@ from svdtune.contracts import ModelFacts
 from svdtune.errors import ModelError
 from svdtune.model.bridge import add_bridge
 from svdtune.model.facts import (
-    FILES,
     HARMLESS,
+    IMAGE_DECODER,
     SHIPPED,
     ModelConfigs,
-    local_folder,
+    class_name,
     model_facts,
-    read_configs,
     require_useful_bridge,
 )
-from svdtune.model.files import WeightFiles, find_weights
+from svdtune.model.single_file import read_part, read_single_file
+from svdtune.model.source import first_line, local_source, model_source, read_configs, weight_files
 from svdtune.model.widen import Widening, apply_widening, plan_widening
-
-PARTS = ("unet", "vae", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class ModelParts:
 
     unet: UNetSpatioTemporalConditionModel
     vae: AutoencoderKLTemporalDecoder
+    """In an `image_decoder` model an AutoencoderKL, which decodes each frame for itself."""
     image_encoder: CLIPVisionModelWithProjection
     configs: ModelConfigs
     facts: ModelFacts
@@ -54,14 +53,13 @@ def load_model(model: Model, *, bridge: bool = False, seed: int = 0) -> ModelPar
     With `bridge` (conditioning.bridge) the UNet gets a projection for a CLIP tower of another width; ConfigError when the
     widths are equal. `seed` (run.seed) is for what no file holds: the bridge, and layers that `model.on_mismatch` adds.
     """
-    folder = model_folder(model)
-    configs = read_configs(folder)
+    configs = read_configs(model_source(model))
     facts = model_facts(configs, bridge=bridge)
     unet, widening = _load_unet(model, configs, seed)
     parts = ModelParts(
         unet=unet,
-        vae=_load(AutoencoderKLTemporalDecoder, folder, "vae", model.variant),
-        image_encoder=_load(CLIPVisionModelWithProjection, folder, "image_encoder", model.variant),
+        vae=load_part(configs, "vae", model.variant),
+        image_encoder=load_part(configs, "image_encoder", model.variant),
         configs=configs,
         facts=facts,
         widening=widening,
@@ -70,11 +68,11 @@ def load_model(model: Model, *, bridge: bool = False, seed: int = 0) -> ModelPar
 
 
 def known_configs(model: Model) -> ModelConfigs:
-    """The JSON of the model without its weights: from its folder, or from the package for a known hub id."""
-    folder = local_folder(model.pretrained)
-    if folder is None:
-        folder = SHIPPED.get(model.pretrained) or model_folder(model)
-    return read_configs(folder)
+    """The JSON of the model without its weights: from its folder or file, or from the package for a known hub id."""
+    source = local_source(model.pretrained)
+    if source is None:
+        source = SHIPPED.get(model.pretrained) or model_source(model)
+    return read_configs(source)
 
 
 def fake_model(configs: ModelConfigs, *, bridge: bool = False) -> ModelParts:
@@ -83,57 +81,30 @@ def fake_model(configs: ModelConfigs, *, bridge: bool = False) -> ModelParts:
     `.to("meta")` afterwards: 38 UNet and 14 VAE `mix_factor` parameters ignore the device context.
     """
     with torch.device("meta"):
-        unet = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
-        vae = AutoencoderKLTemporalDecoder.from_config(dict(configs.vae))
-        image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(configs.image_encoder)))
-    networks: list[Any] = [unet, vae, image_encoder]
+        networks = [build_part(part, getattr(configs, part)) for part in ("unet", "vae", "image_encoder")]
     unet, vae, image_encoder = (network.to("meta").requires_grad_(False).eval() for network in networks)
     parts = ModelParts(unet, vae, image_encoder, configs, model_facts(configs, bridge=bridge))
     return _bridged(parts, seed=0) if bridge else parts
 
 
-def model_folder(model: Model) -> Path:
-    """The folder of the model on this machine; a hub id is downloaded (or found in the cache) first."""
-    return local_folder(model.pretrained) or _download(model)
+def build_part(part: str, config: Mapping[str, Any]) -> Any:
+    """The network of one part with random weights, on the default device, as its own class makes it from the JSON."""
+    if part == "image_encoder":
+        return CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(dict(config)))
+    return _class(part, config).from_config(dict(config))
 
 
-def weights_hash(folder: Path, part: str, variant: str | None) -> str:
-    """sha256 over the weight files of one part: what a checkpoint remembers its base by."""
-    digest = hashlib.sha256()
-    for file in _weight_files(folder, part, variant):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+def load_part(configs: ModelConfigs, part: str, variant: str | None) -> Any:
+    """One network in float32 on the CPU, frozen and in eval mode; strict. Raises ModelError."""
+    if configs.source.is_file():
+        return _load_from_file(configs, part)
+    return _load(_class(part, getattr(configs, part)), configs.source, part, variant)
 
 
-def _download(model: Model) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    suffix = _suffix(model.variant)
-    weights = [f"{part}/*{end}" for part in PARTS for end in (suffix, ".index*.json")]
-    try:
-        return Path(
-            snapshot_download(
-                model.pretrained,
-                revision=model.revision,
-                allow_patterns=["model_index.json", *FILES.values(), *weights],
-                # Plain names only: *.safetensors would also bring every variant.
-                ignore_patterns=None if model.variant else ["*.*.safetensors"],
-            )
-        )
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"model.pretrained: there is no folder {model.pretrained} here, and the hub has no such model, or it is gated "
-            "and no token is set. "
-            "Check the name; for a gated model accept its licence on its page and run `hf auth login`."
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model.pretrained: there is no folder {model.pretrained} here, and it could not be got from the hub (revision "
-            f"{model.revision or 'main'}): {_first_line(error)}. Without a "
-            "network, download the folder elsewhere and give its path; 'tiny' ships with svdtune and needs no download."
-        ) from error
+def _class(part: str, config: Mapping[str, Any]) -> Any:
+    if part == "vae":
+        return AutoencoderKL if class_name(config) == IMAGE_DECODER else AutoencoderKLTemporalDecoder
+    return {"unet": UNetSpatioTemporalConditionModel, "image_encoder": CLIPVisionModelWithProjection}[part]
 
 
 def _bridged(parts: ModelParts, seed: int) -> ModelParts:
@@ -144,17 +115,17 @@ def _bridged(parts: ModelParts, seed: int) -> ModelParts:
 
 def _load_unet(model: Model, configs: ModelConfigs, seed: int) -> tuple[Any, Widening | None]:
     """The UNet from its files, widened where they need it and `model.on_mismatch` allows it."""
-    if model.on_mismatch == "error":
+    if model.on_mismatch == "error" or configs.source.is_file():
         try:
-            return _load(UNetSpatioTemporalConditionModel, configs.folder, "unet", model.variant), None
+            return load_part(configs, "unet", model.variant), None
         except ModelError as error:
-            if _plan(configs, model.variant) is None:
+            if configs.source.is_file() or _plan(configs, model.variant) is None:
                 raise
             raise ModelError(f"{error} {_CAN_WIDEN}") from error
     widening = _plan(configs, model.variant)
     if widening is None:
-        return _load(UNetSpatioTemporalConditionModel, configs.folder, "unet", model.variant), None
-    paths = _weight_files(configs.folder, "unet", model.variant)
+        return load_part(configs, "unet", model.variant), None
+    paths = weight_files(configs.source, "unet", model.variant)
     tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     with torch.device("meta"):
         unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
@@ -173,7 +144,7 @@ def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
     with torch.device("meta"):
         unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
     got: dict[str, tuple[int, ...]] = {}
-    for path in _weight_files(configs.folder, "unet", variant):
+    for path in weight_files(configs.source, "unet", variant):
         try:
             with safe_open(path, framework="pt") as file:
                 got |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -182,8 +153,27 @@ def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
     return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 
 
+def _load_from_file(configs: ModelConfigs, part: str) -> Any:
+    """Tensor by tensor into a network without weights: the file is never held beside the network."""
+    with init_empty_weights(include_buffers=False):
+        network = build_part(part, getattr(configs, part))
+    file = read_single_file(configs.source)
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    got = {name: tensor.float() for name, tensor in read_part(file, part)}
+    _strict(
+        f"{configs.source}: {part}",
+        {
+            "missing_keys": expected.keys() - got.keys(),
+            "unexpected_keys": [*(got.keys() - expected.keys()), *file.plan(part).unknown],
+            "mismatched_keys": [name for name in expected.keys() & got.keys() if expected[name] != got[name].shape],
+        },
+    )
+    network.load_state_dict(got, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
 def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
-    _weight_files(folder, part, variant)
+    weight_files(folder, part, variant)
     transformers_logging.disable_progress_bar()
     try:
         network, info = cls.from_pretrained(
@@ -192,36 +182,13 @@ def _load(cls: Any, folder: Path, part: str, variant: str | None) -> Any:
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{folder / part}: {_first_line(error)}. The weights do not fit the config beside them."
+            f"{folder / part}: {first_line(error)}. The weights do not fit the config beside them."
         ) from error
     _strict(folder / part, info)
     return network.requires_grad_(False).eval()
 
 
-def _weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors of a part, shards included. Raises ModelError naming what lies there instead."""
-    found = find_weights(folder / part, part, variant)
-    if not found.files:
-        raise ModelError(
-            f"{folder / part}: no *{_suffix(variant)} with model.variant={variant or 'null'}; "
-            f"there: {', '.join(found.there) or 'no weights'}. {_variant_hint(found)}"
-        )
-    return list(found.files)
-
-
-def _suffix(variant: str | None) -> str:
-    return f".{variant}.safetensors" if variant else ".safetensors"
-
-
-def _variant_hint(found: WeightFiles) -> str:
-    if found.variants:
-        return f"Set model.variant={found.variants[0]}."
-    if found.plain:
-        return "Set model.variant=null."
-    return "svdtune reads safetensors only; a .bin or .pt file can run code when opened."
-
-
-def _strict(where: Path, info: Mapping[str, Any]) -> None:
+def _strict(where: Path | str, info: Mapping[str, Any]) -> None:
     problems = {
         "missing": sorted(set(info["missing_keys"])),
         "unexpected": sorted(set(info["unexpected_keys"]) - HARMLESS),
@@ -237,7 +204,3 @@ def _strict(where: Path, info: Mapping[str, Any]) -> None:
             f"{where}: the weights are not the network of config.json: {'; '.join(told)}. Missing weights would train from "
             "random values. Take weights and config from one release."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

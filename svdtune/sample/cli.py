@@ -122,14 +122,15 @@ def load_pipeline(
 
     from svdtune.checkpoint.state import load_trained
     from svdtune.model.adapt import adapt
-    from svdtune.model.load import load_model, weights_hash
+    from svdtune.model.load import load_model
+    from svdtune.model.source import weights_hash
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
     model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
     _same_base(
         folder,
         config.model.pretrained,
-        got=weights_hash(model.configs.folder, "unet", config.model.variant),
+        got=weights_hash(model.configs.source, "unet", config.model.variant),
         expected=_convention(folder, conventions, "base")["unet_sha256"],
     )
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)

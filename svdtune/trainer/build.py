@@ -21,7 +21,8 @@ from svdtune.diffusion.conditioning import ClipPixels
 from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, cores, foreign_engine, local_processes
 from svdtune.model.adapt import adapt
-from svdtune.model.load import ModelParts, load_model, weights_hash
+from svdtune.model.load import ModelParts, load_model
+from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.run_folder import RunFolder
@@ -177,7 +178,7 @@ def conventions(config: Config, model: ModelParts) -> dict[str, Any]:
             "pretrained": config.model.pretrained,
             "variant": config.model.variant,
             "revision": config.model.revision,
-            "unet_sha256": weights_hash(model.configs.folder, "unet", config.model.variant),
+            "unet_sha256": weights_hash(model.configs.source, "unet", config.model.variant),
         },
         "adapt": config.adapt.method,
         "bridge": config.conditioning.bridge,

@@ -82,11 +82,11 @@ def _scan(config: Config, folder: RunFolder, *, main: bool):
 
 
 def _export(session: Session) -> None:
-    model, base = session.config.model, session.model.configs.folder
+    model, source = session.config.model, session.model.configs.source
     with inference(session):
         export_run(
             session.folder.export,
-            base=Base(model.pretrained, base, model.variant, widened=session.model.widening is not None),
+            base=Base(model.pretrained, source, model.variant, widened=session.model.widening is not None),
             unet=session.model.unet,
             lora=session.config.adapt.method == "lora",
             half=model.variant == "fp16",

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from svdtune.config.load import load_config
 from svdtune.guards.explain.numbers import numbers_of
 from svdtune.guards.explain.report import explain, explain_exception
-from svdtune.model.facts import read_configs
+from svdtune.model.source import read_configs
 
 # The network is real in both modes, its inputs are made inside the mode.
 MODES = ("eager", "fake")

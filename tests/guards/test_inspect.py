@@ -12,9 +12,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from svdtune.errors import UsageError
-from svdtune.guards.headers import BYTES
 from svdtune.guards.inspecting import inspect_path, render_inspection
 from svdtune.model.facts import PACKAGE, TINY
+from svdtune.model.headers import BYTES
 
 ASSETS = Path(__file__).parents[1] / "assets"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -453,7 +453,7 @@ def test_a_vae_config_without_its_channels(folder):
 
 def test_reading_no_tensors(folder, monkeypatch):
     """Only headers: at most the header's bytes are read from each file."""
-    import svdtune.guards.headers as headers
+    import svdtune.model.headers as headers
 
     sizes = []
     parse = headers._parse

@@ -6,8 +6,9 @@ import torch
 from svdtune.config.schema import Adapt, Model
 from svdtune.errors import ConfigError
 from svdtune.model.adapt import DEAD, adapt
-from svdtune.model.facts import SHIPPED, read_configs
+from svdtune.model.facts import SHIPPED
 from svdtune.model.load import fake_model, load_model
+from svdtune.model.source import read_configs
 
 
 @pytest.fixture

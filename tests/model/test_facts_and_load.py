@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from svdtune.config.schema import Model
 from svdtune.errors import ModelError
-from svdtune.model.facts import SHIPPED, contradictions, local_folder, model_facts, read_configs
-from svdtune.model.load import fake_model, load_model, weights_hash
+from svdtune.model.facts import SHIPPED, contradictions, model_facts
+from svdtune.model.load import fake_model, load_model
+from svdtune.model.source import local_source, read_configs, weights_hash
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -135,13 +136,14 @@ def test_parts_that_do_not_belong_together(folder, file, change, sentence):
 
 
 def test_what_pretrained_may_be(tmp_path):
-    assert local_folder("tiny").name == "tiny"
-    assert local_folder("owner/name") is None
-    with pytest.raises(ModelError, match=r"no such folder: .*nowhere.*hub id \(owner/name\) or 'tiny'"):
-        local_folder(str(tmp_path / "nowhere"))
+    assert local_source("tiny").name == "tiny"
+    assert local_source("owner/name") is None
+    with pytest.raises(ModelError, match=r"no such folder or file: .*nowhere.*hub id \(owner/name\) or 'tiny'"):
+        local_source(str(tmp_path / "nowhere"))
     (tmp_path / "svd_xt.safetensors").touch()
-    with pytest.raises(ModelError, match="is a file"):
-        local_folder(str(tmp_path / "svd_xt.safetensors"))
+    assert local_source(str(tmp_path / "svd_xt.safetensors")) == tmp_path / "svd_xt.safetensors"
+    with pytest.raises(ModelError, match=r"no such folder or file: models/svd\.safetensors"):
+        local_source("models/svd.safetensors")
 
 
 def test_hub_id_without_a_network_says_what_to_do(monkeypatch):
@@ -171,7 +173,7 @@ def test_a_hub_id_is_loaded_from_the_cache(svd_folder, tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text("abc123")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     parts = load_model(Model(pretrained="someone/svd", variant=None))
-    assert parts.configs.folder == repo / "snapshots" / "abc123"
+    assert parts.configs.source == repo / "snapshots" / "abc123"
     assert parts.facts.d == 24
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from svdtune.contracts import UNetInput, specs
 from svdtune.errors import SvdtuneError
-from svdtune.model.facts import FILES, SHIPPED, ModelConfigs, local_folder, read_configs
+from svdtune.model.facts import FILES, SHIPPED, ModelConfigs
+from svdtune.model.source import local_source, read_configs
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def run_numbers(config: Any) -> tuple[Numbers | None, str]:
     """The numbers of a `Config`'s model and sizes; else None and why they are not known (a hub id is not downloaded)."""
     pretrained = config.model.pretrained
     try:
-        folder = local_folder(pretrained) or SHIPPED.get(pretrained)
-        if folder is None:
+        source = local_source(pretrained) or SHIPPED.get(pretrained)
+        if source is None:
             return None, f"{pretrained} is not on this machine and not one whose numbers are shipped"
-        numbers = numbers_of(read_configs(folder), source=pretrained)
+        numbers = numbers_of(read_configs(source), source=pretrained)
     except (SvdtuneError, ValueError) as error:
         return None, str(error).rstrip(".")
     data = config.data

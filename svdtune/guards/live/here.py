@@ -9,7 +9,7 @@ import torch
 from svdtune.config.schema import Config
 from svdtune.errors import SvdtuneError
 from svdtune.model.files import cached_folder
-from svdtune.model.load import local_folder
+from svdtune.model.source import local_source
 
 LIGHT_GIB = 2.0
 """A run that needs no more is built on a CPU too; a larger one would take many minutes there."""
@@ -29,7 +29,7 @@ def objection(config: Config, peak_gib: float | None) -> str:
 
 
 def _weights_are_here(config: Config) -> bool:
-    if local_folder(config.model.pretrained) is not None:
+    if local_source(config.model.pretrained) is not None:
         return True
     with suppress(SvdtuneError, ValueError):
         return cached_folder(config.model) is not None

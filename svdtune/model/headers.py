@@ -51,6 +51,8 @@ class Entry:
     dtype: str
     """As safetensors writes it: F32, F16, BF16, I8, F8_E4M3, ..."""
     shape: tuple[int, ...]
+    extent: tuple[int, int] = (0, 0)
+    """First byte in the file, and the one behind the last."""
 
     @property
     def numbers(self) -> int:
@@ -88,7 +90,7 @@ def read_header(path: Path) -> Header:
         raise BadFile(path, "damaged", f"its header's __metadata__ is no object of texts. {_AGAIN}")
     if not content:
         raise BadFile(path, "empty", f"it is whole and holds no tensor. {_AGAIN}")
-    tensors, end = _entries(path, content)
+    tensors, end = _entries(path, content, 8 + length)
     expected = 8 + length + end
     if size < expected:
         raise _cut(path, size, f"its header declares tensors up to byte {expected:,}")
@@ -184,8 +186,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     return content
 
 
-def _entries(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Entry], int]:
-    """The declared tensors, and the byte behind the last, counted from the end of the header."""
+def _entries(path: Path, content: Mapping[str, Any], start: int) -> tuple[dict[str, Entry], int]:
+    """The declared tensors, and the byte behind the last, counted from the end of the header, which is at `start`."""
     tensors, extents = {}, []
     for name, entry in content.items():
         try:
@@ -204,7 +206,7 @@ def _entries(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Entry], 
                 path, "damaged", f"{name} is declared as {dtype} {list(shape)} = {prod(shape) * BYTES[dtype]:,} bytes, but has "
                 f"{end - begin:,}. {_AGAIN}",
             )  # fmt: skip
-        tensors[name] = Entry(dtype, shape)
+        tensors[name] = Entry(dtype, shape, (start + begin, start + end))
         extents.append((begin, end, name))
     reached = 0
     for begin, end, name in sorted(extents):

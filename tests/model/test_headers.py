@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 
-from svdtune.guards.headers import BadFile, Entry, read_header, read_index
 from svdtune.model.facts import TINY
+from svdtune.model.headers import BadFile, Entry, read_header, read_index
 
 
 def write(path, header, body=b"", length=None):

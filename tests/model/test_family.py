@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from svdtune.guards.family import recognise
-from svdtune.guards.headers import read_header
 from svdtune.model.facts import PACKAGE, TINY
+from svdtune.model.family import recognise
+from svdtune.model.headers import read_header
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
