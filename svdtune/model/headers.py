@@ -8,7 +8,7 @@ import struct
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -51,8 +51,8 @@ class Entry:
     dtype: str
     """As safetensors writes it: F32, F16, BF16, I8, F8_E4M3, ..."""
     shape: tuple[int, ...]
-    extent: tuple[int, int] = (0, 0)
-    """First byte in the file, and the one behind the last."""
+    extent: tuple[int, int] = field(default=(0, 0), compare=False)
+    """First byte in the file, and the one behind the last: where it lies, not what it is."""
 
     @property
     def numbers(self) -> int:
