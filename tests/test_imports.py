@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BOTTOM,
     "diffusion": BOTTOM,
     "model": BOTTOM,
-    "checkpoint": BOTTOM | {"model.original", "model.source"},
+    "checkpoint": BOTTOM | {"model.headers", "model.original", "model.single_file", "model.source"},
     "sample": BOTTOM | {"model", "checkpoint"},
     "trainer": BOTTOM | STAGES | {"launch"},
     "guards": BOTTOM | STAGES | {"launch", "trainer"},

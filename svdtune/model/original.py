@@ -211,9 +211,10 @@ def _vae(config: Mapping[str, Any]) -> Iterator[Rule]:
     yield from _same((QUANT, QUANT), ("post_quant_conv", "post_quant_conv"))
     for net in ("encoder", "decoder"):
         yield from _same((f"{net}.conv_in", f"{net}.conv_in"), (f"{net}.norm_out", f"{net}.conv_norm_out"))
-        for number, block in enumerate(("block_1", "block_2")):
-            there = f"{net}.mid_block.resnets.{number}"
-            yield from _vae_resnet(f"{net}.mid.{block}", there, temporal and net == "decoder")
+        over_time = temporal and net == "decoder"
+        # diffusers' temporal decoder has as many in its middle as layers; the original always has two.
+        for number in range(layers if over_time else 2):
+            yield from _vae_resnet(f"{net}.mid.block_{number + 1}", f"{net}.mid_block.resnets.{number}", over_time)
         yield from _vae_attention(f"{net}.mid.attn_1", f"{net}.mid_block.attentions.0")
     yield from _same(("encoder.conv_out", "encoder.conv_out"), ("decoder.conv_out", "decoder.conv_out"))
     if temporal:

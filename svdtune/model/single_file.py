@@ -73,7 +73,7 @@ def read_single_file(path: Path) -> SingleFile:
                 f"{path}: it holds no {_NAMED[part]} (no weight's name begins with {prefix}). Without it no video can be made of "
                 f"an image: ComfyUI's nodes save UNets and whole checkpoints. {_TAKE}"
             )
-    notes = _notes(header)
+    notes = notes_of(header)
     configs = notes.get("configs")
     if not isinstance(configs, dict) or not configs.keys() >= FILES.keys():
         configs = derive_configs(shapes, num_frames=_frames(path))
@@ -106,7 +106,7 @@ def _instead(family: Family) -> str:
     return f"{told}{_TAKE}"
 
 
-def _notes(header: Header) -> dict[str, Any]:
+def notes_of(header: Header) -> dict[str, Any]:
     """What svdtune noted in the header; {} where another program wrote the file, or wrote over the notes."""
     try:
         found = json.loads(header.metadata.get(NOTES, "{}"))

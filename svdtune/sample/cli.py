@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from svdtune.checkpoint.manifest import read_manifest
-from svdtune.checkpoint.store import find_latest, folder_name, verify
-from svdtune.config.load import load_config
-from svdtune.config.schema import Config
-from svdtune.errors import CheckpointError, ModelError, UsageError
+from svdtune.errors import UsageError
+from svdtune.sample.run import Checkpoint, find_checkpoint, open_checkpoint, trained_model
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.sample.video import read_image, write_mp4
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableVideoDiffusionPipeline
-
-_log = logging.getLogger(__name__)
 
 _FROM_TRAINING = {
     "num_frames": "num_frames",
@@ -56,8 +48,7 @@ def sample_run(
     Raises UsageError (no such run or checkpoint, a setting out of range), CheckpointError, ModelError, DataError.
     """
     target = _out_file(out, run, image, seed)
-    folder = find_checkpoint(run, checkpoint)
-    config, conventions = load_config(folder / "config.yaml"), read_manifest(folder).conventions
+    opened = open_checkpoint(find_checkpoint(run, checkpoint))
     given = {
         "num_frames": num_frames,
         "fps": fps,
@@ -67,74 +58,32 @@ def sample_run(
         "min_guidance_scale": guidance_min,
         "max_guidance_scale": guidance_max,
     }
-    settings = trained_settings(folder, config, conventions)
+    settings = trained_settings(opened)
     settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
-    size = {key: _convention(folder, conventions, key) for key in ("height", "width", "resize")}
+    size = {key: opened.convention(key) for key in ("height", "width", "resize")}
     first_frame = read_image(image, **size)
     _make_folder(target)
     device, settings = _device(settings)
-    pipeline = load_pipeline(folder, config, conventions, settings.precision, device)
+    pipeline = load_pipeline(opened, settings.precision, device)
     write_mp4(target, sample_video(pipeline, first_frame, settings, seed=seed), settings.fps)
     return target
 
 
-def find_checkpoint(run: Path, checkpoint: str | None) -> Path:
-    """The folder of the named checkpoint (`step-00000100`, `100`), or of the newest whole one, verified byte by byte.
-
-    Raises UsageError naming the nearest run, or the checkpoints that are there; CheckpointError when it is damaged.
-    """
-    checkpoints = run / "checkpoints"
-    if not run.is_dir():
-        raise UsageError(_no_run(run))
-    if checkpoint is not None:
-        folder = checkpoints / (folder_name(int(checkpoint)) if checkpoint.isdecimal() else Path(checkpoint).name)
-        there = _names(checkpoints)
-        if folder.name not in there:
-            listed = f"there: {', '.join(there)}" if there else "there is none yet"
-            raise UsageError(f"checkpoint {checkpoint}: no such checkpoint in {checkpoints}; {listed}.")
-        verify(folder)
-        return folder
-    latest = find_latest(checkpoints)
-    if latest.folder is None and latest.skipped:
-        raise CheckpointError(f"{checkpoints}: no checkpoint can be used.\n  " + "\n  ".join(latest.skipped))
-    if latest.folder is None:
-        raise UsageError(_no_checkpoint(run))
-    for line in latest.skipped:
-        _log.warning("skipped %s", line)
-    return latest.folder
+def trained_settings(checkpoint: Checkpoint) -> SampleSettings:
+    """The settings that the checkpoint was trained for. Raises CheckpointError when one is not recorded."""
+    low, high = checkpoint.convention("guidance")
+    recorded = {key: checkpoint.convention(name) for key, name in _FROM_TRAINING.items()}
+    return replace(
+        SampleSettings.from_config(checkpoint.config), min_guidance_scale=low, max_guidance_scale=high, **recorded
+    )
 
 
-def trained_settings(folder: Path, config: Config, conventions: Mapping[str, Any]) -> SampleSettings:
-    """The settings that the checkpoint in `folder` was trained for. Raises CheckpointError when one is not recorded."""
-    low, high = _convention(folder, conventions, "guidance")
-    recorded = {key: _convention(folder, conventions, name) for key, name in _FROM_TRAINING.items()}
-    return replace(SampleSettings.from_config(config), min_guidance_scale=low, max_guidance_scale=high, **recorded)
-
-
-def load_pipeline(
-    folder: Path, config: Config, conventions: Mapping[str, Any], precision: str, device: torch.device
-) -> StableVideoDiffusionPipeline:
-    """Base model plus the trained weights in `folder`, on `device`.
-
-    Raises ModelError when the base is not the one that was trained on, CheckpointError when the weights do not fit it.
-    """
+def load_pipeline(checkpoint: Checkpoint, precision: str, device: torch.device) -> StableVideoDiffusionPipeline:
+    """Base model plus the trained weights of `checkpoint`, on `device`. Raises as `trained_model` does."""
     import torch
 
-    from svdtune.checkpoint.state import load_trained
-    from svdtune.model.adapt import adapt
-    from svdtune.model.load import load_model
-    from svdtune.model.source import weights_hash
-
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
-    model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
-    _same_base(
-        folder,
-        config.model.pretrained,
-        got=weights_hash(model.configs.source, "unet", config.model.variant),
-        expected=_convention(folder, conventions, "base")["unet_sha256"],
-    )
-    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
-    load_trained(folder, trained, ema=(folder / "ema.safetensors").is_file())
+    model = trained_model(checkpoint, dtype)
     model.unet.to(device)  # pyright: ignore[reportArgumentType]
     model.vae.to(device)  # pyright: ignore[reportArgumentType]
     model.image_encoder.to(device, dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -174,45 +123,3 @@ def _make_folder(target: Path) -> None:
         raise UsageError(
             f"out: {target} cannot be written: {why}. Give with --out a path in a folder that can be written to."
         ) from error
-
-
-def _convention(folder: Path, conventions: Mapping[str, Any], key: str) -> Any:
-    if key not in conventions:
-        raise CheckpointError(
-            f"{folder / 'MANIFEST.json'}: the conventions have no {key!r}, so it is unknown how this run was trained. "
-            "Use the svdtune version that made the checkpoint."
-        )
-    return conventions[key]
-
-
-def _same_base(folder: Path, pretrained: str, *, got: str, expected: str) -> None:
-    if got != expected:
-        raise ModelError(
-            f"model.pretrained: the UNet of {pretrained} has sha256 {got[:16]}…, {folder.name} was trained on "
-            f"{expected[:16]}…. Trained weights act only on their own base: restore it, or set model.revision to the old one."
-        )
-
-
-def _no_run(run: Path) -> str:
-    runs = [path for parent in (run.parent, Path("runs")) if parent.is_dir() for path in parent.iterdir()]
-    by_name = {path.name: path for path in runs if (path / "checkpoints").is_dir()}
-    near = get_close_matches(run.name, by_name, n=1)
-    if near:
-        return f"no such run: {run}. Did you mean {by_name[near[0]]}?"
-    listed = f"Runs: {', '.join(sorted(map(str, by_name.values())))}." if by_name else "There is no run yet."
-    return f"no such run: {run}. {listed} A run is the folder that `svdtune train` makes (run.dir/run.name)."
-
-
-def _no_checkpoint(run: Path) -> str:
-    if not (run / "checkpoints").is_dir() and not (run / "config.yaml").is_file():
-        return f"{run} is not a run: it has neither checkpoints/ nor config.yaml. Give the folder that `svdtune train` made."
-    return (
-        f"run {run} has no checkpoint yet. One is saved every checkpoint.interval steps and at the last step; "
-        "wait for it, or start the training again to go on."
-    )
-
-
-def _names(checkpoints: Path) -> list[str]:
-    if not checkpoints.is_dir():
-        return []
-    return sorted(path.name for path in checkpoints.iterdir() if path.is_dir() and not path.name.startswith("."))

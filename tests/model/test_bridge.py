@@ -26,6 +26,7 @@ from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import fake_model, load_model
 from svdtune.sample.cli import load_pipeline, sample_run
+from svdtune.sample.run import open_checkpoint
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.trainer.build import clip_pixels
 from svdtune.trainer.optimizer import make_ema
@@ -237,7 +238,6 @@ def test_a_lora_export_has_the_folded_tower_beside_an_adapter_without_stray_keys
 
 
 def test_a_run_trains_resumes_samples_and_exports(folder, tmp_path):
-    from svdtune.config.load import load_config
     from svdtune.data.demo import write_demo
 
     write_demo(tmp_path / "clips", clips=4, motion="down", seed=0)
@@ -259,9 +259,7 @@ def test_a_run_trains_resumes_samples_and_exports(folder, tmp_path):
     checkpoint = run / "checkpoints/step-00000002"
     assert json.loads((checkpoint / "MANIFEST.json").read_text())["conventions"]["bridge"] == "linear"
     average = load_file(checkpoint / "ema.safetensors")[WEIGHT]
-    conventions = json.loads((checkpoint / "MANIFEST.json").read_text())["conventions"]
-    config = load_config(checkpoint / "config.yaml")
-    sampled = load_pipeline(checkpoint, config, conventions, "no", torch.device("cpu"))
+    sampled = load_pipeline(open_checkpoint(checkpoint), "no", torch.device("cpu"))
     assert torch.equal(sampled.unet.get_parameter(WEIGHT), average)
     Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(tmp_path / "first.png")
     assert sample_run(run, tmp_path / "first.png").stat().st_size > 0

@@ -271,9 +271,9 @@ def train(folder: Path, to: Path, method: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_run_says_it_records_it_samples_and_exports_it(folder, tmp_path):
-    from svdtune.config.load import load_config
     from svdtune.data.demo import write_demo
     from svdtune.sample.cli import load_pipeline
+    from svdtune.sample.run import open_checkpoint
 
     write_demo(tmp_path / "clips", clips=4, motion="down", seed=0)
     put(folder, image_unet(linear=False))
@@ -293,8 +293,6 @@ def test_a_run_says_it_records_it_samples_and_exports_it(folder, tmp_path):
     own = image_unet(linear=False).state_dict()
     frozen = exported.keys() - trained.keys()
     assert all(torch.equal(exported[name], own[name]) for name in frozen & own.keys())
-    pipeline = load_pipeline(
-        checkpoint, load_config(checkpoint / "config.yaml"), conventions, "no", torch.device("cpu")
-    )
+    pipeline = load_pipeline(open_checkpoint(checkpoint), "no", torch.device("cpu"))
     sampled = pipeline.unet.state_dict()
     assert all(torch.equal(sampled[name], trained[name]) for name in trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from svdtune.model.adapt import adapt
 from svdtune.model.load import load_model
 from svdtune.sample import cli
 from svdtune.sample.cli import sample_run
+from svdtune.sample.run import find_checkpoint, open_checkpoint
 from svdtune.trainer.build import conventions
 from svdtune.trainer.optimizer import make_ema
 
@@ -216,7 +218,7 @@ def test_damaged_checkpoints(run: Path, image: Path, caplog: pytest.LogCaptureFi
     save(run, 1)
     newer = save(run, 2)
     (newer / "lora.safetensors").write_bytes(b"")
-    assert cli.find_checkpoint(run, None).name == "step-00000001"
+    assert find_checkpoint(run, None).name == "step-00000001"
     assert "skipped step-00000002: " in caplog.text
     assert message(CheckpointError, run, image, checkpoint="2").startswith(f"{newer}/lora.safetensors: expected ")
     (run / "checkpoints" / "step-00000001" / "MANIFEST.json").unlink()
@@ -286,8 +288,10 @@ def test_another_base(run: Path, image: Path) -> None:
 
 def test_convention_not_recorded(run: Path, image: Path) -> None:
     folder = save(run, 1)
+    opened = open_checkpoint(folder)
+    lacking = replace(opened, manifest=replace(opened.manifest, conventions={"guidance": [1, 2]}))
     with pytest.raises(CheckpointError) as error:
-        cli.trained_settings(folder, load_config(run / "config.resolved.yaml"), {"guidance": [1, 2]})
+        cli.trained_settings(lacking)
     assert str(error.value) == (
         f"{folder}/MANIFEST.json: the conventions have no 'num_frames', so it is unknown how this run was trained. "
         "Use the svdtune version that made the checkpoint."

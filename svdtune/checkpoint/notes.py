@@ -1,0 +1,41 @@
+"""What no tensor says of a result: how it was trained. `svdtune.json` in a folder, the header's metadata in a single file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svdtune import __version__
+from svdtune.checkpoint.files import load_json, save_json
+from svdtune.model.headers import read_header
+from svdtune.model.single_file import NOTES, notes_of
+
+FILE = "svdtune.json"
+
+
+def make_notes(conventions: Mapping[str, Any], *, step: int, weights: str) -> dict[str, Any]:
+    """The notes of a training: the manifest's conventions, its step, and the sha256 of the trained weights."""
+    return {"svdtune": __version__, "conventions": dict(conventions), "step": step, "weights": weights}
+
+
+def notes_in_folder(folder: Path) -> dict[str, Any]:
+    """{} where svdtune did not write the folder. Raises CheckpointError for a file that is no JSON."""
+    found = load_json(folder / FILE) if (folder / FILE).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def notes_in_file(path: Path) -> dict[str, Any]:
+    """{} where svdtune did not write the file. Raises ModelError (BadFile) when it is no safetensors file."""
+    return notes_of(read_header(path))
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Beside the weights in a folder."""
+    save_json(folder / FILE, dict(notes))
+
+
+def as_metadata(notes: Mapping[str, Any]) -> dict[str, str]:
+    """For the header of a safetensors file. `format` is what transformers asks for."""
+    return {"format": "pt", NOTES: json.dumps(dict(notes), sort_keys=True)}
