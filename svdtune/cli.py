@@ -68,6 +68,19 @@ _SAMPLE_EXAMPLES = """\b
 Examples:
   svdtune sample runs/tiny first_frame.png
   svdtune sample runs/tiny first_frame.png --out video.mp4 --seed 3 --motion-bucket 200
+  svdtune sample runs/tiny pictures/ --compare         the base beside every checkpoint, for every picture
+  svdtune sample svd_xt.safetensors first_frame.png --lora mine.safetensors --lora-scale 0.7
+  svdtune sample runs/tiny/checkpoints/step-00000150 pictures/ --seed 1 --seed 2 --sheet
+"""
+
+_CONVERT_EXAMPLES = """\b
+Examples:
+  svdtune convert svd_xt.safetensors svd-xt/                     the original's single file to a diffusers folder
+  svdtune convert svd-xt/ svd_xt.safetensors --dtype fp16        and back: for ComfyUI and the original code
+  svdtune convert runs/x x.safetensors                           a LoRA run: a LoRA with ComfyUI's names; others: the whole model
+  svdtune convert runs/x x.safetensors --into svd_xt.safetensors only what was trained is replaced, every other byte is kept
+  svdtune convert runs/x merged/ --merge                         a LoRA in the weights of its base
+  svdtune convert lora.safetensors adapter/ --base svd-xt/       a LoRA file to peft's folder
 """
 
 _INSPECT_EXAMPLES = """\b
@@ -212,6 +225,38 @@ def inspect(
         raise typer.Exit(PreflightError.exit_code)
 
 
+@app.command(epilog=_CONVERT_EXAMPLES)
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="Run, diffusers folder, single file, LoRA, hub id or tiny.", show_default=False
+        ),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="A name in .safetensors, or a new folder.", show_default=False)
+    ],
+    into: Annotated[
+        Path | None, typer.Option(help="The base's single file: DST is it, with the trained weights.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the base with the LoRA in its weights.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The model a LoRA is for; default: the one it was trained on, if it is here.")
+    ] = None,
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None, typer.Option(help="Default: that of SRC, or of its base.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A folder of RUN/checkpoints; default: the newest.")] = None,
+) -> None:
+    """A checkpoint in another format: original single file, diffusers folder, LoRA. DST is read back before it gets its name."""
+    from svdtune.convert.cli import convert as convert_source
+
+    for line in convert_source(
+        source, destination, into=into, merge=merge, base=base, dtype=dtype, checkpoint=checkpoint
+    ):
+        print(line)
+
+
 @app.command(epilog=_EXPLAIN_EXAMPLES)
 def explain(
     target: Annotated[
@@ -230,38 +275,76 @@ def explain(
 
 @app.command(epilog=_SAMPLE_EXAMPLES)
 def sample(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    image: Annotated[Path, typer.Argument(help="First frame.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The mp4 to write; default: below RUN.")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="A folder of RUN/checkpoints; default: the newest.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Default: as trained.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Default: as trained.")] = None,
-    motion_bucket: Annotated[float | None, typer.Option(help="Default: as trained.")] = None,
-    noise_aug_strength: Annotated[float | None, typer.Option(help="Default: validation.noise_aug_strength.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps; default: validation.inference_steps.")] = None,
-    guidance_min: Annotated[float | None, typer.Option(help="First frame; default: validation.guidance.")] = None,
-    guidance_max: Annotated[float | None, typer.Option(help="Last frame; default: validation.guidance.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another video.")] = 0,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Run, checkpoint, diffusers folder, single file, hub id or tiny.", show_default=False
+        ),
+    ],
+    image: Annotated[
+        Path, typer.Argument(metavar="IMAGE|FOLDER", help="First frame, or a folder of them.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="An .mp4 for one video, else a folder; default: RUN/samples, or samples/ here.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(metavar="<int>", help="Another seed, another video; may be repeated. Default: 0."),
+    ] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<text>", help="Step or folder of RUN/checkpoints; may be repeated. Default: the newest."),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA file (ComfyUI, kohya) or peft folder to put on SOURCE.")
+    ] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="How much the LoRA acts, or that of a LoRA run; 1: as trained.")
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="The base beside each --checkpoint (default: all) or the --lora, in one video and one sheet.",
+        ),
+    ] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet of all videos too.")] = False,
+    frames: Annotated[
+        bool, typer.Option("--frames", help="Each frame as PNG too, in a folder beside the mp4.")
+    ] = False,
+    num_frames: Annotated[int | None, typer.Option(help="This and all below: default as trained.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    motion_bucket: Annotated[float | None, typer.Option(help="More is more motion, 0 to 1023.")] = None,
+    noise_aug_strength: Annotated[float | None, typer.Option(help="Noise on the first frame.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    guidance_min: Annotated[float | None, typer.Option(help="Guidance of the first frame.")] = None,
+    guidance_max: Annotated[float | None, typer.Option(help="Guidance of the last frame.")] = None,
+    decode_chunk: Annotated[
+        int | None, typer.Option(help="Frames that the VAE decodes at once; fewer need less memory.")
+    ] = None,
 ) -> None:
-    """A video that starts with IMAGE, from a fine-tuned run."""
-    from svdtune.sample.cli import sample_run
+    """Videos that start with IMAGE. Each written path is one line on stdout."""
+    from svdtune.sample.cli import Request, sample
+    from svdtune.sample.shot import Asked
+    from svdtune.sample.sources import Choice
 
-    print(
-        sample_run(
-            run,
-            image,
-            out=out,
-            checkpoint=checkpoint,
-            num_frames=num_frames,
-            fps=fps,
-            motion_bucket=motion_bucket,
-            noise_aug_strength=noise_aug_strength,
-            steps=steps,
-            guidance_min=guidance_min,
-            guidance_max=guidance_max,
-            seed=seed,
-        )
+    asked = Asked(
+        num_frames=num_frames,
+        fps=fps,
+        motion_bucket=motion_bucket,
+        noise_aug_strength=noise_aug_strength,
+        steps=steps,
+        guidance_min=guidance_min,
+        guidance_max=guidance_max,
+        height=height,
+        width=width,
+        decode_chunk=decode_chunk,
     )
+    choice = Choice(source, tuple(checkpoint or ()), lora, lora_scale, compare)
+    for path in sample(Request(choice, image, out, tuple(seed or (0,)), asked, frames, sheet)):
+        print(path, flush=True)
 
 
 @data_app.command(epilog=_DEMO_EXAMPLES)

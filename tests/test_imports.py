@@ -16,6 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 STAGES = {"data", "diffusion", "model", "checkpoint", "sample"}
 BOTTOM = {"errors", "contracts", "config"}
+MODEL_FILES = {f"model.{name}" for name in ("facts", "headers", "original", "single_file", "source", "weights")}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "contracts": {"errors"},
@@ -23,12 +24,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BOTTOM,
     "diffusion": BOTTOM,
     "model": BOTTOM,
-    "checkpoint": BOTTOM | {"model.headers", "model.original", "model.single_file", "model.source"},
+    "checkpoint": BOTTOM | MODEL_FILES,
     "sample": BOTTOM | {"model", "checkpoint"},
+    "convert": BOTTOM | {"model", "checkpoint", "sample"},
     "trainer": BOTTOM | STAGES | {"launch"},
     "guards": BOTTOM | STAGES | {"launch", "trainer"},
     "launch": {"errors"},
-    "cli": BOTTOM | STAGES | {"launch", "trainer", "guards"},
+    "cli": BOTTOM | STAGES | {"convert", "launch", "trainer", "guards"},
     "__main__": {"cli"},
     "__init__": set(),
 }

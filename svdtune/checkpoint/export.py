@@ -26,19 +26,19 @@ from svdtune.checkpoint.files import (
     is_disk_full,
     partial_name,
     restore,
-    save_json,
     swap_in,
 )
 from svdtune.checkpoint.tensors import require_same, save_tensors, shapes_of
 from svdtune.errors import CheckpointError
+from svdtune.model.facts import FILES, STEMS, class_name
 from svdtune.model.original import TEMPORAL_VAE
-from svdtune.model.source import part_tensors, read_configs
+from svdtune.model.source import part_weights, read_configs
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_VISUAL = "visual_projection.weight"
-_BRIDGE = "image_bridge.weight"
+VISUAL = "visual_projection.weight"
+BRIDGE = "image_bridge.weight"
 """What `conditioning.bridge` adds to the UNet (svdtune/model/bridge.py), (cross_attention_dim, width of the tower)."""
 
 _CLASSES = {
@@ -46,19 +46,6 @@ _CLASSES = {
     "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
     "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
-    "vae": ["diffusers", TEMPORAL_VAE],
-}
-_JSON = {
-    "feature_extractor": "preprocessor_config.json",
-    "image_encoder": "config.json",
-    "scheduler": "scheduler_config.json",
-    "unet": "config.json",
-    "vae": "config.json",
-}
-_WEIGHTS = {
-    "image_encoder": "model.safetensors",
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
 }
 
 
@@ -76,13 +63,22 @@ class Base:
     """Whether `model.on_mismatch: adapt` made the UNet from weights of other names or shapes."""
 
 
-def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, half: bool) -> None:
+def export_run(
+    destination: Path,
+    *,
+    base: Base,
+    unet: nn.Module,
+    lora: bool,
+    half: bool,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write the trained `unet` to `destination`, replacing an earlier export in one step; safetensors only.
 
     Parameters that require grad are taken from `unet`, all others from the base's files: a frozen weight that the run
     held in bf16 would otherwise lose bits. With `half` floating weights are float16, else float32; the file names are
     the plain ones, so that `from_pretrained` needs no variant. `unet` is the bare module (no DDP), adapter "default".
-    Raises ModelError when the base cannot be read any more, CheckpointError when the disk is full or a value does not fit float16.
+    `beside` adds what else is to lie in the folder. Raises ModelError when the base cannot be read any more, CheckpointError
+    when the disk is full or a value does not fit float16.
     """
     partial = partial_name(destination)
     restore(destination)
@@ -92,6 +88,7 @@ def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, ha
     write: Callable[..., None] = _write_adapter if lora else _write_pipeline
     try:
         write(partial, base, unet, dtype)
+        beside(partial)
         for path in sorted(partial.rglob("*")):
             (fsync_folder if path.is_dir() else fsync_file)(path)
         swap_in(partial, destination)
@@ -106,23 +103,40 @@ def export_run(destination: Path, *, base: Base, unet: nn.Module, lora: bool, ha
         raise
 
 
-def _write_pipeline(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
+def pipeline_json(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The JSON files of a pipeline folder, by path in it, from that of the five parts."""
     from diffusers import __version__
 
+    vae = ["diffusers", class_name(configs["vae"]) or TEMPORAL_VAE]
+    index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES, "vae": vae}
+    made = {FILES[part]: dict(content) for part, content in configs.items()}
+    # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
+    tower = made[FILES["image_encoder"]]
+    tower.pop("torch_dtype", None)
+    tower["dtype"] = "float32"
+    return {"model_index.json": index, **made}
+
+
+def write_json_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write each to its path below `folder`."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_pipeline(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
     configs = read_configs(base.source)
-    for part, name in _JSON.items():
-        if part != "image_encoder":
-            (folder / part).mkdir()
-            _write_json(folder / part / name, getattr(configs, part))
-    for part, name in _WEIGHTS.items():
-        if part != "image_encoder":
-            tensors = dict(part_tensors(base.source, part, base.variant))
-            tensors = _trained_over(tensors, unet, base) if part == "unet" else tensors
-            save_tensors(folder / part / name, _cast(part, tensors, dtype), {"format": "pt"})
-    _write_image_encoder(folder, base, unet, dtype)
-    index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES}
-    index["vae"] = ["diffusers", configs.vae.get("_class_name", TEMPORAL_VAE)]
-    save_json(folder / "model_index.json", index)
+    tower, weights = _image_encoder(base, configs.image_encoder, unet)
+    write_json_files(
+        folder, pipeline_json({**{part: getattr(configs, part) for part in FILES}, "image_encoder": tower})
+    )
+    read: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "unet": lambda: _trained_over(_tensors(base, "unet"), unet, base),
+        "vae": lambda: _tensors(base, "vae"),
+        "image_encoder": lambda: weights,
+    }
+    for part, tensors in read.items():
+        save_tensors(folder / part / f"{STEMS[part]}.safetensors", _cast(part, tensors(), dtype), {"format": "pt"})
 
 
 def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
@@ -137,38 +151,42 @@ def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_tensors(folder / "adapter_model.safetensors", _cast("lora", named, dtype), {"format": "pt"})
     if _bridge(unet) is not None:
-        _write_image_encoder(folder, base, unet, dtype)
+        configs = read_configs(base.source)
+        tower, weights = _image_encoder(base, configs.image_encoder, unet)
+        all_files = pipeline_json({**{part: getattr(configs, part) for part in FILES}, "image_encoder": tower})
+        write_json_files(folder, {FILES["image_encoder"]: all_files[FILES["image_encoder"]]})
+        path = folder / "image_encoder" / f"{STEMS['image_encoder']}.safetensors"
+        save_tensors(path, _cast("image_encoder", weights, dtype), {"format": "pt"})
 
 
-def _write_image_encoder(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype) -> None:
-    """The base's CLIP tower, with the bridge of the UNet folded in where there is one."""
-    part = "image_encoder"
-    content = dict(read_configs(base.source).image_encoder)
-    tensors = dict(part_tensors(base.source, part, base.variant))
-    # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
-    content.pop("torch_dtype", None)
-    content["dtype"] = "float32"
-    weight = _bridge(unet)
+def _image_encoder(
+    base: Base, content: Mapping[str, Any], unet: nn.Module
+) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """JSON and tensors of the base's CLIP tower, with the bridge of the UNet folded in where there is one."""
+    tensors, weight = _tensors(base, "image_encoder"), _bridge(unet)
     if weight is not None:
-        # Neither has a bias, so one matrix does exactly what the two did.
-        tensors[_VISUAL] = (weight.detach().double().cpu() @ tensors[_VISUAL].double()).float()
-        content["projection_dim"] = weight.shape[0]
-    (folder / part).mkdir()
-    _write_json(folder / part / _JSON[part], content)
-    save_tensors(folder / part / _WEIGHTS[part], _cast(part, tensors, dtype), {"format": "pt"})
+        content, tensors[VISUAL] = fold_bridge(content, tensors[VISUAL], weight)
+    return content, tensors
+
+
+def _tensors(base: Base, part: str) -> dict[str, Tensor]:
+    return dict(part_weights(base.source, part, base.variant).items())
+
+
+def fold_bridge(tower: Mapping[str, Any], visual: Tensor, bridge: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Config of the CLIP tower and its last matrix (d, hidden), with the bridge (d_unet, d) behind it."""
+    # Neither has a bias, so one matrix does exactly what the two did.
+    folded = (bridge.detach().double().cpu() @ visual.double()).float()
+    return {**tower, "projection_dim": bridge.shape[0]}, folded
 
 
 def _bridge(unet: nn.Module) -> Tensor | None:
-    return dict(unet.named_parameters()).get(_BRIDGE)
-
-
-def _write_json(target: Path, content: Mapping[str, Any]) -> None:
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return dict(unet.named_parameters()).get(BRIDGE)
 
 
 def _trained_over(tensors: dict[str, Tensor], unet: nn.Module, base: Base) -> dict[str, Tensor]:
     """The base's tensors with the trained parameters in their places."""
-    parameters = {name: p for name, p in unet.named_parameters() if name != _BRIDGE}
+    parameters = {name: p for name, p in unet.named_parameters() if name != BRIDGE}
     trained = {name: p.detach() for name, p in parameters.items() if p.requires_grad}
     if not trained:
         raise ValueError("export: no parameter of the unet requires grad, so nothing was trained")

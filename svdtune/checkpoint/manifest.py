@@ -46,6 +46,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def trained_file(self) -> str:
+        """Name of the trained weights that are sampled and exported: their averages where the run keeps them."""
+        return next(name for name in ("ema.safetensors", "lora.safetensors", "unet.safetensors") if name in self.files)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(facts.size for facts in self.files.values())

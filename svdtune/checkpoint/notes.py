@@ -8,16 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from svdtune import __version__
+from svdtune.checkpoint.card import public_name
 from svdtune.checkpoint.files import load_json, save_json
+from svdtune.checkpoint.manifest import Manifest
 from svdtune.model.headers import read_header
 from svdtune.model.single_file import NOTES, notes_of
 
 FILE = "svdtune.json"
 
 
-def make_notes(conventions: Mapping[str, Any], *, step: int, weights: str) -> dict[str, Any]:
-    """The notes of a training: the manifest's conventions, its step, and the sha256 of the trained weights."""
-    return {"svdtune": __version__, "conventions": dict(conventions), "step": step, "weights": weights}
+def make_notes(manifest: Manifest, source: Path) -> dict[str, Any]:
+    """The notes of a training: conventions and step of a checkpoint, and the sha256 of its trained weights.
+
+    Results are published: of a base in `source` that is no hub model only its own name is told, not where it lies.
+    """
+    conventions = dict(manifest.conventions)
+    base = dict(conventions.get("base", {}))
+    if pretrained := base.get("pretrained"):
+        base["pretrained"] = public_name(pretrained, source) or Path(pretrained).name
+    return {
+        "svdtune": __version__,
+        "conventions": {**conventions, "base": base},
+        "step": manifest.step,
+        "weights": manifest.files[manifest.trained_file].sha256,
+    }
 
 
 def notes_in_folder(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from svdtune.model.facts import (
     model_facts,
     require_useful_bridge,
 )
-from svdtune.model.single_file import read_part, read_single_file
-from svdtune.model.source import first_line, local_source, model_source, read_configs, weight_files
+from svdtune.model.single_file import read_single_file
+from svdtune.model.source import first_line, local_source, model_source, part_weights, read_configs, weight_files
+from svdtune.model.weights import Weights
 from svdtune.model.widen import Widening, apply_widening, plan_widening
 
 
@@ -55,7 +56,7 @@ def load_model(model: Model, *, bridge: bool = False, seed: int = 0) -> ModelPar
     """
     configs = read_configs(model_source(model))
     facts = model_facts(configs, bridge=bridge)
-    unet, widening = _load_unet(model, configs, seed)
+    unet, widening = load_unet(model, configs, seed)
     parts = ModelParts(
         unet=unet,
         vae=load_part(configs, "vae", model.variant),
@@ -97,7 +98,9 @@ def build_part(part: str, config: Mapping[str, Any]) -> Any:
 def load_part(configs: ModelConfigs, part: str, variant: str | None) -> Any:
     """One network in float32 on the CPU, frozen and in eval mode; strict. Raises ModelError."""
     if configs.source.is_file():
-        return _load_from_file(configs, part)
+        file = read_single_file(configs.source)
+        weights, where = part_weights(configs.source, part, None), f"{configs.source}: {part}"
+        return network_of(part, getattr(configs, part), weights, where, file.plan(part).unknown)
     return _load(_class(part, getattr(configs, part)), configs.source, part, variant)
 
 
@@ -113,8 +116,8 @@ def _bridged(parts: ModelParts, seed: int) -> ModelParts:
     return parts
 
 
-def _load_unet(model: Model, configs: ModelConfigs, seed: int) -> tuple[Any, Widening | None]:
-    """The UNet from its files, widened where they need it and `model.on_mismatch` allows it."""
+def load_unet(model: Model, configs: ModelConfigs, seed: int) -> tuple[Any, Widening | None]:
+    """The UNet of `model`, widened where its files need it and `model.on_mismatch` allows it. Raises ModelError."""
     if model.on_mismatch == "error" or configs.source.is_file():
         try:
             return load_part(configs, "unet", model.variant), None
@@ -153,22 +156,25 @@ def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
     return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 
 
-def _load_from_file(configs: ModelConfigs, part: str) -> Any:
-    """Tensor by tensor into a network without weights: the file is never held beside the network."""
+def network_of(part: str, config: Mapping[str, Any], weights: Weights, where: str, unknown: Sequence[str] = ()) -> Any:
+    """The network of one part with `weights` in float32, frozen, in eval mode; strict. `where` is for the ModelError.
+
+    Tensor by tensor into a network without memory: the weights are never there twice.
+    """
     with init_empty_weights(include_buffers=False):
-        network = build_part(part, getattr(configs, part))
-    file = read_single_file(configs.source)
+        network = build_part(part, config)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    got = {name: tensor.float() for name, tensor in read_part(file, part)}
     _strict(
-        f"{configs.source}: {part}",
+        where,
         {
-            "missing_keys": expected.keys() - got.keys(),
-            "unexpected_keys": [*(got.keys() - expected.keys()), *file.plan(part).unknown],
-            "mismatched_keys": [name for name in expected.keys() & got.keys() if expected[name] != got[name].shape],
+            "missing_keys": expected.keys() - weights.forms.keys(),
+            "unexpected_keys": [*(weights.forms.keys() - expected.keys()), *unknown],
+            "mismatched_keys": [
+                name for name, form in weights.forms.items() if name in expected and expected[name] != form.shape
+            ],
         },
     )
-    network.load_state_dict(got, strict=True, assign=True)
+    network.load_state_dict({name: weights.read(name).float() for name in expected}, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from svdtune.errors import ModelError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,8 +66,17 @@ class Plan:
 
 
 def rules(part: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The table of one part (unet, vae or image_encoder), from its diffusers or transformers config. Names without prefix."""
-    return tuple({"unet": _unet, "vae": _vae, "image_encoder": _clip}[part](config))
+    """The table of one part (unet, vae or image_encoder), from its diffusers or transformers config. Names without prefix.
+
+    Raises ModelError where the config does not say how many blocks or layers there are.
+    """
+    try:
+        return tuple({"unet": _unet, "vae": _vae, "image_encoder": _clip}[part](config))
+    except KeyError as error:
+        raise ModelError(
+            f"{part}: {error.args[0]} is missing in its JSON, and its class's default need not be this model's. "
+            "Copy the file from the model's release."
+        ) from None
 
 
 def rename(table: Iterable[Rule], name: str, to: Literal["original", "diffusers"]) -> str | None:
@@ -93,8 +104,9 @@ def to_diffusers(part: str, config: Mapping[str, Any], names: Iterable[str]) -> 
             takes |= {target + rest: Take((name,), move) for target, move in zip(rule.diffusers, _THIRDS, strict=True)}
         else:
             takes[rule.diffusers[0] + rest] = Take((name,), _move(rule, rest, into="diffusers"))
-    if part == "vae" and config.get("_class_name", TEMPORAL_VAE) == TEMPORAL_VAE and f"{QUANT}.weight" not in names:
-        like = ("encoder.conv_out.bias",)
+    like = ("encoder.conv_out.bias",)
+    temporal = part == "vae" and config.get("_class_name", TEMPORAL_VAE) == TEMPORAL_VAE
+    if temporal and f"{QUANT}.weight" not in names and names.issuperset(like):
         takes |= {f"{QUANT}.weight": Take(like, "identity"), f"{QUANT}.bias": Take(like, "zeros")}
     return Plan(takes, tuple(unknown))
 
@@ -298,13 +310,17 @@ def _move(rule: Rule, rest: str, *, into: Literal["original", "diffusers"]) -> M
 def _identity(bias: Tensor) -> Tensor:
     import torch
 
-    return torch.eye(bias.shape[0], dtype=bias.dtype, device=bias.device)[:, :, None, None]
+    return torch.eye(bias.numel(), dtype=bias.dtype, device=bias.device)[:, :, None, None]
 
 
 def _joined(*thirds: Tensor) -> Tensor:
     import torch
 
     return torch.cat(thirds)
+
+
+def _third(tensor: Tensor, number: int) -> Tensor:
+    return tensor.tensor_split(3)[number] if tensor.dim() else tensor
 
 
 def _folded(own: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -314,14 +330,15 @@ def _folded(own: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product.reshape(matrix.shape[0], *own.shape[1:]).to(own.dtype)
 
 
+# A tensor of a wrong shape passes through: strict loading names it.
 _MOVES: Mapping[str, Any] = {
     "same": lambda tensor: tensor,
-    "to_matrix": lambda tensor: tensor[:, :, 0, 0],
+    "to_matrix": lambda tensor: tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor,
     "to_convolution": lambda tensor: tensor[:, :, None, None],
-    "transposed": lambda tensor: tensor.T,
-    "third_0": lambda tensor: tensor.chunk(3)[0],
-    "third_1": lambda tensor: tensor.chunk(3)[1],
-    "third_2": lambda tensor: tensor.chunk(3)[2],
+    "transposed": lambda tensor: tensor.T if tensor.dim() == 2 else tensor,
+    "third_0": lambda tensor: _third(tensor, 0),
+    "third_1": lambda tensor: _third(tensor, 1),
+    "third_2": lambda tensor: _third(tensor, 2),
     "joined": _joined,
     "identity": _identity,
     "zeros": lambda tensor: tensor.new_zeros(tensor.shape),

@@ -1,22 +1,19 @@
-"""An SVD model in one file of the original's naming: recognised from the header, read tensor by tensor under diffusers' names."""
+"""An SVD model in one file of the original's naming: recognised from its header, which says how its tensors become diffusers'."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from svdtune.errors import ModelError
 from svdtune.model.derive import derive_configs
 from svdtune.model.facts import FILES, ModelConfigs
 from svdtune.model.family import Family, recognise
 from svdtune.model.headers import Header, read_header
-from svdtune.model.original import PREFIXES, Plan, to_diffusers
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from svdtune.model.original import PREFIXES, Plan, rules, to_diffusers
 
 NOTES = "svdtune"
 """Key of the header's metadata under which svdtune writes what no tensor says: configs, conventions, base. JSON."""
@@ -75,21 +72,11 @@ def read_single_file(path: Path) -> SingleFile:
             )
     notes = notes_of(header)
     configs = notes.get("configs")
-    if not isinstance(configs, dict) or not configs.keys() >= FILES.keys():
-        configs = derive_configs(shapes, num_frames=_frames(path))
+    if not isinstance(configs, dict) or not all(isinstance(configs.get(part), dict) for part in FILES):
+        configs = _derived(path, shapes)
+    for part in PREFIXES:
+        rules(part, configs[part])  # raises where the JSON lacks what names follow from
     return SingleFile(header, family, ModelConfigs(path, **{part: configs[part] for part in FILES}), notes)
-
-
-def read_part(file: SingleFile, part: str) -> Iterator[tuple[str, Tensor]]:
-    """Diffusers name and tensor (dtype and bits of the file), one after another, each in memory of its own."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(file.path, framework="pt") as opened:
-        for name, take in file.plan(part).takes.items():
-            made = take.apply(opened.get_tensor(PREFIXES[part] + source) for source in take.sources)
-            # A tensor that maps the file would keep the file's pages and alignment.
-            yield name, made.clone(memory_format=torch.contiguous_format)
 
 
 def what_it_is(family: Family) -> str:
@@ -110,9 +97,16 @@ def notes_of(header: Header) -> dict[str, Any]:
     """What svdtune noted in the header; {} where another program wrote the file, or wrote over the notes."""
     try:
         found = json.loads(header.metadata.get(NOTES, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _derived(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    try:
+        return derive_configs(shapes, num_frames=_frames(path))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def _frames(path: Path) -> int:

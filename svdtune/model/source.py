@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,11 @@ from svdtune.errors import ModelError
 from svdtune.model.facts import FILES, TINY, ModelConfigs, read_folder_configs
 from svdtune.model.files import PICKLES, WeightFiles, find_weights
 from svdtune.model.headers import Entry, read_header
-from svdtune.model.original import PREFIXES
-from svdtune.model.single_file import read_part, read_single_file
+from svdtune.model.original import PREFIXES, Take
+from svdtune.model.single_file import read_single_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from svdtune.model.weights import Weights
 
 PARTS = ("unet", "vae", "image_encoder")
 _CHUNK = 2**22
@@ -48,21 +47,19 @@ def read_configs(source: Path) -> ModelConfigs:
     return read_single_file(source).configs if source.is_file() else read_folder_configs(source)
 
 
-def part_tensors(source: Path, part: str, variant: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Diffusers name and tensor of one part, dtype and bits as stored, one after another. Raises ModelError."""
-    if source.is_file():
-        yield from read_part(read_single_file(source), part)
-        return
-    from safetensors import SafetensorError, safe_open
+def part_weights(source: Path, part: str, variant: str | None) -> Weights:
+    """The tensors of one part under their diffusers names, read one at a time. Raises ModelError."""
+    from svdtune.model.weights import stored, taken
 
-    for path in weight_files(source, part, variant):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    # A tensor that maps the file would keep the file's pages and alignment.
-                    yield name, file.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: {first_line(error)}. Download the file again.") from error
+    if source.is_file():
+        file = read_single_file(source)
+        prefix = PREFIXES[part]
+        takes = {
+            name: Take(tuple(prefix + own for own in take.sources), take.move)
+            for name, take in file.plan(part).takes.items()
+        }
+        return taken(stored([file.header]), takes)
+    return stored([read_header(path) for path in weight_files(source, part, variant)])
 
 
 def weights_hash(source: Path, part: str, variant: str | None) -> str:

@@ -36,9 +36,13 @@ class Checkpoint:
 
     @property
     def weights(self) -> str:
-        """sha256 of the file of trained weights that is sampled and exported: the averages where the run keeps them."""
-        names = ("ema.safetensors", "lora.safetensors", "unet.safetensors")
-        return next(self.manifest.files[name].sha256 for name in names if name in self.manifest.files)
+        """sha256 of `weights_file`."""
+        return self.manifest.files[self.weights_file.name].sha256
+
+    @property
+    def weights_file(self) -> Path:
+        """The trained weights that are sampled and exported."""
+        return self.folder / self.manifest.trained_file
 
     def convention(self, key: str) -> Any:
         """What the manifest records. Raises CheckpointError when it does not."""
@@ -68,7 +72,7 @@ def find_checkpoint(run: Path, checkpoint: str | None) -> Path:
     """
     checkpoints = run / "checkpoints"
     if not run.is_dir():
-        raise UsageError(_no_run(run))
+        raise UsageError(no_such_run(run))
     if checkpoint is not None:
         folder = checkpoints / (folder_name(int(checkpoint)) if checkpoint.isdecimal() else Path(checkpoint).name)
         there = _names(checkpoints)
@@ -81,10 +85,23 @@ def find_checkpoint(run: Path, checkpoint: str | None) -> Path:
     if latest.folder is None and latest.skipped:
         raise CheckpointError(f"{checkpoints}: no checkpoint can be used.\n  " + "\n  ".join(latest.skipped))
     if latest.folder is None:
-        raise UsageError(_no_checkpoint(run))
+        raise UsageError(no_checkpoint(run))
     for line in latest.skipped:
         _log.warning("skipped %s", line)
     return latest.folder
+
+
+def whole_checkpoints(run: Path) -> list[Path]:
+    """Every checkpoint of a run that passes `verify`, oldest first; a warning for each other. Raises as `find_checkpoint` does."""
+    whole = []
+    for name in _names(run / "checkpoints"):
+        try:
+            verify(run / "checkpoints" / name)
+        except CheckpointError as error:
+            _log.warning("skipped %s: %s", name, error)
+        else:
+            whole.append(run / "checkpoints" / name)
+    return whole or [find_checkpoint(run, None)]
 
 
 def trained_model(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelParts:
@@ -95,30 +112,30 @@ def trained_model(checkpoint: Checkpoint, dtype: torch.dtype) -> ModelParts:
     from svdtune.checkpoint.state import load_trained
     from svdtune.model.adapt import adapt
     from svdtune.model.load import load_model
-    from svdtune.model.source import weights_hash
 
     config = checkpoint.config
     model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
-    _same_base(
-        checkpoint.folder,
-        config.model.pretrained,
-        got=weights_hash(model.configs.source, "unet", config.model.variant),
-        expected=checkpoint.convention("base")["unet_sha256"],
-    )
+    require_own_base(checkpoint, model.configs.source)
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
     load_trained(checkpoint.folder, trained, ema=checkpoint.has_ema)
     return model
 
 
-def _same_base(folder: Path, pretrained: str, *, got: str, expected: str) -> None:
+def require_own_base(checkpoint: Checkpoint, source: Path) -> None:
+    """Raise ModelError when the UNet in `source` is not the one that the run was trained on."""
+    from svdtune.model.source import weights_hash
+
+    model, expected = checkpoint.config.model, checkpoint.convention("base")["unet_sha256"]
+    got = weights_hash(source, "unet", model.variant)
     if got != expected:
         raise ModelError(
-            f"model.pretrained: the UNet of {pretrained} has sha256 {got[:16]}…, {folder.name} was trained on "
+            f"model.pretrained: the UNet of {model.pretrained} has sha256 {got[:16]}…, {checkpoint.folder.name} was trained on "
             f"{expected[:16]}…. Trained weights act only on their own base: restore it, or set model.revision to the old one."
         )
 
 
-def _no_run(run: Path) -> str:
+def no_such_run(run: Path) -> str:
+    """What is said of a path where there is nothing, with the nearest run."""
     runs = [path for parent in (run.parent, Path("runs")) if parent.is_dir() for path in parent.iterdir()]
     by_name = {path.name: path for path in runs if (path / "checkpoints").is_dir()}
     near = get_close_matches(run.name, by_name, n=1)
@@ -128,7 +145,8 @@ def _no_run(run: Path) -> str:
     return f"no such run: {run}. {listed} A run is the folder that `svdtune train` makes (run.dir/run.name)."
 
 
-def _no_checkpoint(run: Path) -> str:
+def no_checkpoint(run: Path) -> str:
+    """What is said of a folder without checkpoints."""
     if not (run / "checkpoints").is_dir() and not (run / "config.yaml").is_file():
         return f"{run} is not a run: it has neither checkpoints/ nor config.yaml. Give the folder that `svdtune train` made."
     return (

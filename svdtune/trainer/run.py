@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from svdtune.checkpoint.beside import write_beside
+from svdtune.checkpoint.card import public_name
 from svdtune.checkpoint.export import Base, export_run
+from svdtune.checkpoint.store import find_latest
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.data.catalog import scan
@@ -83,13 +87,20 @@ def _scan(config: Config, folder: RunFolder, *, main: bool):
 
 def _export(session: Session) -> None:
     model, source = session.config.model, session.model.configs.source
+    checkpoint = find_latest(session.folder.checkpoints).folder
+    assert checkpoint is not None, "a run that ends has saved its last step"
+    name = public_name(model.pretrained, source) or source.name
+    kind = "lora" if session.config.adapt.method == "lora" else "pipeline"
     with inference(session):
         export_run(
             session.folder.export,
-            base=Base(model.pretrained, source, model.variant, widened=session.model.widening is not None),
+            base=Base(name, source, model.variant, widened=session.model.widening is not None),
             unet=session.model.unet,
-            lora=session.config.adapt.method == "lora",
+            lora=kind == "lora",
             half=model.variant == "fp16",
+            beside=partial(
+                write_beside, checkpoint=checkpoint, source=source, kind=kind, name=session.folder.export.name
+            ),
         )
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints from one format into another, every result read back."""
