@@ -174,14 +174,15 @@ _CONFIGURATION: tuple[Rule, ...] = (
 
 _CHECKPOINT: tuple[Rule, ...] = (
     Rule("CKP201", "the model folder cannot be used",
-         "The path does not exist, is not a diffusers folder, or one of its JSON files is missing or damaged.",
+         "The path does not exist, is neither a diffusers folder nor a single file, or one of its JSON files is missing or damaged.",
          "Give the whole folder of an SVD release, a hub id (owner/name) or 'tiny'."),
     Rule("CKP203", "the weights are not on this machine yet",
          "Training begins with their download (gigabytes), and preflight cannot check what is not here.",
          "Nothing must be done; to check them first, download with `hf download` and run preflight again."),
-    Rule("CKP204", "a single file stands where a folder is needed",
-         "svdtune reads diffusers folders, in which each part has its config. A single file has no config.",
-         "Give the hub id or the diffusers folder of the same release."),
+    Rule("CKP204", "a single file that is no whole SVD model",
+         "A file in the place of a folder has to hold UNet, VAE and image encoder under the original's names, as svd_xt.safetensors does. "
+         "A LoRA, one part alone and other models do not.",
+         "Give the release's own file, its diffusers folder or its hub id."),
     Rule("CKP205", "a weight file is not what its name says",
          "Truncated downloads, git-LFS pointers, web pages and pickles are found under the names of weights. Loaders then fail with "
          "messages such as MetadataIncompleteBuffer, or give no reason.",

@@ -94,7 +94,9 @@ def _of_another_family(where: str, part: str, family: Family) -> Finding:
     why = " ".join(family.notes) or "Its layers are others than those of config.json."
     fix = f"Put the {part} of an SVD release (diffusers folder) here."
     if family.naming == "original":
-        why = f"{why} The names are those of the authors' single files; svdtune reads diffusers folders.".strip()
+        why = f"{why} The names are those of the authors' single files, in a folder they are diffusers'. Where it "
+        why += "is a whole model, give the file itself as model.pretrained (`svdtune convert FILE FOLDER` makes a folder of it)."
+        why = why.strip()
     return Finding("CKP207", "error", where, got, f"the {part} that config.json describes, diffusers naming", why, fix)
 
 

@@ -21,15 +21,11 @@ from svdtune.model.facts import CLASSES, FILES, PACKAGE, STEMS, TINY, class_name
 from svdtune.model.family import Family, Shapes, recognise
 from svdtune.model.files import WeightFiles, find_weights
 from svdtune.model.headers import BadFile, Entry, read_header
+from svdtune.model.single_file import LEFTOVERS
 
 SHIPPED = {"svd": PACKAGE / "facts" / "svd", "svd-xt": PACKAGE / "facts" / "svd-xt", "tiny": TINY}
 _LEDGER = PACKAGE / "facts" / "original" / "svd_xt.json.gz"
 """Names and shapes of the authors' single file; those of SVD and SVD-XT are the same."""
-_LEFTOVERS = ("model_ema.", "conditioner.embedders.3.", "conditioner.embedders.0.open_clip.model.transformer.",
-              "conditioner.embedders.0.open_clip.model.token_embedding.", "conditioner.embedders.0.open_clip.model.positional_embedding",
-              "conditioner.embedders.0.open_clip.model.ln_final.", "conditioner.embedders.0.open_clip.model.text_projection",
-              "conditioner.embedders.0.open_clip.model.logit_scale")  # fmt: skip
-"""What released files hold beside the model: averages, a second encoder, CLIP's text tower."""
 _WRAPPERS = ("module.", "_orig_mod.")
 _FACTS = ("in_channels", "out_channels", "cross_attention_dim", "time_ids_width", "width")
 _NOT_COMPARED = {"sample_size", "architectures", "transformers_version", "torch_dtype", "dtype"}
@@ -213,7 +209,7 @@ def _describe(name: str, table: Mapping[str, Entry], note: str | None) -> Part:
     family = recognise({tensor: entry.shape for tensor, entry in table.items()})
     dtypes = dict(Counter(entry.dtype for entry in table.values()).most_common())
     facts = {key: value for key, value in family.facts.items() if key not in ("temporal", "linear_proj_in")}
-    left = [tensor for tensor in table if tensor.startswith(_LEFTOVERS)] if family.naming == "original" else []
+    left = [tensor for tensor in table if tensor.startswith(LEFTOVERS)] if family.naming == "original" else []
     notes = [*family.notes, *([note] if note else [])]
     if left:
         notes.append(
@@ -323,7 +319,7 @@ def _by_name(expected: Shapes, got: Shapes) -> Iterator[Finding]:
     if missing:
         yield Finding("CKP209", "error", "weights", f"{len(missing)} are missing: {blocks_of(missing)}", f"all {len(expected)}",
                       f"Such as {some(missing)}. Converted, they would be random.")  # fmt: skip
-    more = [name for name in got if name not in expected and not name.startswith(_LEFTOVERS)]
+    more = [name for name in got if name not in expected and not name.startswith(LEFTOVERS)]
     if more:
         yield Finding(
             "CKP210", "error", "weights", f"{len(more)} that the model has no place for: {some(more)}", "none"

@@ -8,18 +8,27 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from svdtune.config.schema import Config
+from svdtune.config.schema import Adapt, Config
+from svdtune.errors import ModelError
 from svdtune.guards.differences import told_by_cause
 from svdtune.guards.findings import Finding
-from svdtune.guards.model_json import check_json, read_jsons
+from svdtune.guards.model_json import check_json, check_part_json, read_jsons
 from svdtune.model.facts import FILES, SHIPPED, STEMS, TINY
-from svdtune.model.family import recognise
+from svdtune.model.family import Shapes, recognise
 from svdtune.model.files import PICKLES, WeightFiles, cached_folder, find_weights
 from svdtune.model.headers import BadFile, Entry, read_header, read_index
+from svdtune.model.single_file import SingleFile, read_single_file, what_it_is
+from svdtune.model.source import part_weights
 
 _VARIANTS = ("fp16", "bf16", "fp32", "ema", "non_ema")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_CONVERT = "svdtune reads diffusers folders (unet/, vae/, image_encoder/, scheduler/, feature_extractor/)."
+_CONVERT = "svdtune reads diffusers folders (unet/, vae/, image_encoder/, scheduler/, feature_extractor/) and whole single files."
+_MODEL = "a diffusers folder, a single file, a hub id (owner/name) or 'tiny'"
+_FILE = "a diffusers folder, or one file that holds a whole SVD model (UNet, VAE, image encoder)"
+_WHOLE = (
+    "Give the release's own file (svd_xt.safetensors), its diffusers folder or its hub id "
+    "(stabilityai/stable-video-diffusion-img2vid-xt)."
+)
 
 
 def check_weights(config: Config) -> list[Finding]:
@@ -29,10 +38,15 @@ def check_weights(config: Config) -> list[Finding]:
     if path.is_dir():
         return check_folder(path, config)
     if path.exists():
-        return [single_file(path)]
-    if len(path.parts) != 2 or model.pretrained.startswith((".", "/", "~")) or Path(path.parts[0]).is_dir():
-        got, why = f"no such folder: {path}", "There is nothing to train on."
-        return [Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'", why,
+        return check_file(path, config)
+    no_id = (
+        len(path.parts) != 2
+        or model.pretrained.startswith((".", "/", "~"))
+        or path.suffix in (".safetensors", *PICKLES)
+    )
+    if no_id or Path(path.parts[0]).is_dir():
+        got, why = f"no such folder or file: {path}", "There is nothing to train on."
+        return [Finding("CKP201", "error", "model.pretrained", got, _MODEL, why,
                         "Correct the path, or give a hub id.")]  # fmt: skip
     if model.revision in _VARIANTS:
         got = f"{model.revision}: that is a variant of the files, not a state of the repository"
@@ -44,7 +58,13 @@ def check_weights(config: Config) -> list[Finding]:
     except ValueError as error:  # huggingface_hub refuses the name itself
         got = str(error).strip().splitlines()[0]
         return [
-            Finding("CKP201", "error", "model.pretrained", got, "a diffusers folder, a hub id (owner/name) or 'tiny'")
+            Finding(
+                "CKP201",
+                "error",
+                "model.pretrained",
+                got,
+                _MODEL,
+            )
         ]
     if snapshot is not None:
         return check_folder(snapshot, config)
@@ -88,22 +108,40 @@ def check_folder(folder: Path, config: Config) -> list[Finding]:
     return findings
 
 
-def single_file(path: Path) -> Finding:
-    """CKP204 or CKP205: a file stands where a folder is needed; what it is."""
+def check_file(path: Path, config: Config) -> list[Finding]:
+    """All findings about one file in the place of a folder: it has to hold a whole SVD model under the original's names."""
     try:
         header = read_header(path)
     except BadFile as bad:
-        return Finding("CKP205", "error", str(path), bad.what, "a diffusers folder", fix=_CONVERT)
+        return [Finding("CKP205", "error", str(path), bad.what, _FILE, fix=_WHOLE)]
     family = recognise({name: entry.shape for name, entry in header.tensors.items()})
-    got = f"one file: {family.name}" + (f", {family.naming} naming" if family.naming else "")
-    why = " ".join([*family.notes, "svdtune cannot load single files."])
-    fix = "Give the diffusers folder of the release"
-    fix += (
-        " (hub id stabilityai/stable-video-diffusion-img2vid-xt or the path of its download)."
-        if family.is_svd
-        else " of an SVD model."
-    )
-    return Finding("CKP204", "error", str(path), got, "a diffusers folder", why, fix)
+    if not family.is_svd or family.naming != "original":
+        why = " ".join(family.notes)
+        return [Finding("CKP204", "error", str(path), f"one file: {what_it_is(family)}", _FILE, why, _WHOLE)]
+    try:
+        file = read_single_file(path)
+    except ModelError as error:
+        return [Finding("CKP209", "error", str(path), str(error).removeprefix(f"{path}: "), _FILE, fix=_WHOLE)]
+    if strange := _strange_dtypes(str(path), header.tensors):
+        return [strange]
+    found = [
+        item
+        for part in FILES
+        for item in check_part_json(Path(file.configs.where(part)), part, getattr(file.configs, part))
+    ]
+    return found + [item for part in STEMS for item in _part_of_file(file, part, config)]
+
+
+def _part_of_file(file: SingleFile, part: str, config: Config) -> list[Finding]:
+    """The tensors of one part, under the names they will have, against the network that its config makes."""
+    where = file.configs.where(part)
+    if unknown := file.plan(part).unknown:
+        got = (
+            f"{len(unknown)} that SVD has no place for ({', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''})"
+        )
+        return [Finding("CKP210", "error", where, got, "the names of the release", "They would be left out.", _WHOLE)]
+    got = {name: form.shape for name, form in part_weights(file.path, part, None).forms.items()}
+    return _against(where, where, part, getattr(file.configs, part), got, adapts=False, adapt=config.adapt)
 
 
 def read_part(weights: WeightFiles) -> tuple[dict[str, Entry], list[Finding]]:
@@ -153,42 +191,37 @@ def check_part(
     tensors, findings = read_part(weights)
     if findings:
         return findings
-    strange = sorted({entry.dtype for entry in tensors.values()} - _FLOATS - {"I64"})
-    if strange:
-        why = "Quantised weights are made for inference: training cannot start from them."
-        findings.append(
-            Finding(
-                "CKP212",
-                "error",
-                str(folder),
-                ", ".join(strange),
-                "F32, F16 or BF16",
-                why,
-                "Take the fp16 or fp32 weights.",
-            )
-        )
+    if strange := _strange_dtypes(str(folder), tensors):
+        findings.append(strange)
     if config is None:
         return findings
     got = {name: entry.shape for name, entry in tensors.items()}
+    adapts = run.model.on_mismatch == "adapt"
+    return findings + _against(
+        str(folder / "config.json"), str(folder), part, config, got, adapts=adapts, adapt=run.adapt
+    )
+
+
+def _against(
+    json_at: str, where: str, part: str, config: Mapping[str, Any], got: Shapes, *, adapts: bool, adapt: Adapt
+) -> list[Finding]:
+    """The weights `got` against the network that the config of their part makes; `json_at` is where that config lies."""
     try:
         expected = expected_shapes(part, config)
     except Exception as error:  # whatever diffusers or transformers raise, no network can be built from this JSON
-        why = "No network can be built from this config."
         told = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return [
-            *findings,
-            Finding(
-                "CKP201",
-                "error",
-                str(folder / "config.json"),
-                told,
-                "a config of its class",
-                why,
-                "Copy it from the release.",
-            ),
-        ]
-    return findings + told_by_cause(
-        str(folder), part, expected, got, adapts=run.model.on_mismatch == "adapt", adapt=run.adapt
+        why, fix = "No network can be built from this config.", "Copy it from the release."
+        return [Finding("CKP201", "error", json_at, told, "a config of its class", why, fix)]
+    return told_by_cause(where, part, expected, got, adapts=adapts, adapt=adapt)
+
+
+def _strange_dtypes(where: str, tensors: Mapping[str, Entry]) -> Finding | None:
+    strange = sorted({entry.dtype for entry in tensors.values()} - _FLOATS - {"I64"})
+    if not strange:
+        return None
+    why = "Quantised weights are made for inference: training cannot start from them."
+    return Finding(
+        "CKP212", "error", where, ", ".join(strange), "F32, F16 or BF16", why, "Take the fp16 or fp32 weights."
     )
 
 

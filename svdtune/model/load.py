@@ -161,8 +161,11 @@ def network_of(part: str, config: Mapping[str, Any], weights: Weights, where: st
 
     Tensor by tensor into a network without memory: the weights are never there twice.
     """
-    with init_empty_weights(include_buffers=False):
-        network = build_part(part, config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            network = build_part(part, config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{where}: no network can be built from its config: {first_line(error)}.") from error
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     _strict(
         where,

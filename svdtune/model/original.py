@@ -133,7 +133,9 @@ def to_original(part: str, config: Mapping[str, Any], names: Iterable[str], *, f
             unknown.append(name)
     if part == "vae" and config.get("_class_name", TEMPORAL_VAE) == TEMPORAL_VAE:
         quant = (takes.pop(f"{QUANT}.weight", None), takes.pop(f"{QUANT}.bias", None))
-        if fold and None not in quant:
+        if (quant[0] is None) != (quant[1] is None):
+            unknown += [name for name in names if name.startswith(f"{QUANT}.")]
+        elif fold and None not in quant:
             for end in ("weight", "bias"):
                 own = f"encoder.conv_out.{end}"
                 takes[own] = Take((own, f"{QUANT}.weight", f"{QUANT}.bias"), "folded")

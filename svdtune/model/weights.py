@@ -56,7 +56,7 @@ def stored(headers: list[Header]) -> Weights:
     forms = {}
     for header in headers:
         for name, entry in header.tensors.items():
-            if entry.dtype not in DTYPES:
+            if entry.dtype not in DTYPES or (entry.dtype in ("I8", "U8") and len(entry.shape) > 1):
                 raise ModelError(
                     f"{header.path}: {name} is {entry.dtype}, expected F32, F16 or BF16. Quantised weights cannot be trained or converted: "
                     "take the fp16 or fp32 file."
@@ -107,10 +107,13 @@ def laid_over(source: Weights, tensors: Mapping[str, Tensor]) -> Weights:
 
 def cast(source: Weights, dtype: torch.dtype | None) -> Weights:
     """Floating tensors in `dtype`; None leaves all as they are. Raises ModelError where a value does not fit."""
-    if dtype is None:
-        return source
+    return source if dtype is None else cast_each(source, dict.fromkeys(source.forms, dtype))
+
+
+def cast_each(source: Weights, dtypes: Mapping[str, torch.dtype]) -> Weights:
+    """Floating tensors each in its own of `dtypes`, by name; the others as they are. Raises ModelError where a value does not fit."""
     forms = {
-        name: Form(dtype if form.dtype.is_floating_point else form.dtype, form.shape)
+        name: Form(dtypes.get(name, form.dtype) if form.dtype.is_floating_point else form.dtype, form.shape)
         for name, form in source.forms.items()
     }
 

@@ -74,7 +74,7 @@ def test_the_shipped_configs_have_no_findings():
 
 def test_paths_that_are_no_model(tmp_path):
     found = only(tmp_path / "gone")
-    assert (found.code, found.got) == ("CKP201", f"no such folder: {tmp_path / 'gone'}")
+    assert (found.code, found.got) == ("CKP201", f"no such folder or file: {tmp_path / 'gone'}")
     shutil.copy(Path(SHIPPED["stabilityai/stable-video-diffusion-img2vid"]) / "unet/config.json", tmp_path)
     found = only(tmp_path)
     assert found.code == "CKP201"
@@ -104,7 +104,7 @@ def test_a_mistyped_folder_is_no_hub_id(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     found = only("models/svdd")
-    assert (found.code, found.got) == ("CKP201", "no such folder: models/svdd")
+    assert (found.code, found.got) == ("CKP201", "no such folder or file: models/svdd")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,8 @@ def test_a_cached_hub_id_is_checked(folder, monkeypatch, tmp_path):
 def test_a_single_file_is_named(folder):
     found = only(folder / UNET)
     assert (found.code, found.got) == ("CKP204", "one file: SVD, diffusers naming")
-    assert "svdtune cannot load single files" in found.why
+    assert "UNet, VAE, image encoder" in found.expected
+    assert "svd_xt.safetensors" in found.fix
     (folder / "x.ckpt").write_bytes(b"\x80\x02}q\x00.")
     assert "a pickle" in only(folder / "x.ckpt").got
 
