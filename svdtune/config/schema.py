@@ -46,9 +46,9 @@ class Model:
     """The base to fine-tune."""
 
     pretrained: str = "stabilityai/stable-video-diffusion-img2vid-xt"
-    """Hub id, path of a diffusers folder, or `tiny` (the base that ships with svdtune)."""
+    """Hub id, path of a diffusers folder or of a single file (svd_xt.safetensors), or `tiny` (the base that ships with svdtune)."""
     variant: str | None = "fp16"
-    """Weight file variant (`fp16` reads `*.fp16.safetensors`); null: the plain names. `tiny` has only fp16."""
+    """Weight file variant (`fp16` reads `*.fp16.safetensors`); null: the plain names. `tiny` has only fp16; a single file has none."""
     revision: str | None = None
     """Commit or tag of the hub repository; null: its main branch."""
     on_mismatch: Literal["error", "adapt"] = "error"
@@ -58,7 +58,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.pretrained = _home("model.pretrained", self.pretrained)
-        _require(bool(self.pretrained), "model.pretrained", self.pretrained, "a hub id, a folder or 'tiny'")
+        _require(bool(self.pretrained), "model.pretrained", self.pretrained, "a hub id, a folder, a file or 'tiny'")
 
 
 @dataclass

@@ -159,6 +159,8 @@ def test_an_original_controlnet():
          "SD 2.x, or SVD's spatial layers"),
         ({"unet.mid_block.attentions.0.temporal_transformer_blocks.0.attn1.to_q.lora_A.weight": (16, 1280)}, "peft",
          "SVD (it adapts temporal layers)"),
+        ({"diffusion_model.middle_block.1.time_stack.0.attn1.to_q.lora_down.weight": (8, 1280)}, "kohya",
+         "SVD (it adapts temporal layers)"),
         ({"lora_unet_mid_block_attentions_0_attn2_to_k.lora_down.weight": (8, 88)}, "kohya", "a base with cross-attention 88"),
         ({"unet.mid_block.attentions.0.attn1.to_q.lora_A.weight": (16, 88)}, "peft",
          "unknown (no adapter of the cross-attention keys shows a width)"),
