@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from svdtune.checkpoint.card import Kind, card_images, model_card, training_of_run
+from svdtune.checkpoint.card import Kind, model_card
 from svdtune.checkpoint.manifest import read_manifest
 from svdtune.checkpoint.notes import make_notes, write_notes
+from svdtune.checkpoint.training import card_images, training_of_run
 
 
 def write_beside(folder: Path, *, checkpoint: Path, source: Path, kind: Kind, name: str) -> None:

@@ -1,43 +1,20 @@
-"""The README.md of a result: a model card for the hub, which names no path of the machine that trained. No torch.
-
-`model_card` is pure. What it tells comes from a run's own files (`training_of_run`), and from the licence of the base,
-which binds what is made from it (`base_license`).
-"""
+"""The README.md of a result: a model card for the hub, which names no path of the machine that trained. Pure text, no torch."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 from urllib.parse import quote
 
 import yaml
 
-from svdtune.checkpoint.files import load_json
-from svdtune.checkpoint.manifest import read_manifest
-from svdtune.config.load import load_config
-from svdtune.config.schema import Config
-from svdtune.errors import CheckpointError, ConfigError, ModelError
-from svdtune.model.source import local_source
+from svdtune.checkpoint.training import HUB, STABILITY, TINY, UNKNOWN, Training, is_inside, number
 
 Kind = Literal["pipeline", "lora"]
 
-_HUB = "https://huggingface.co"
-_TINY = "tiny"
-_UNKNOWN = {"license": "other", "license_name": "unknown"}
-_STABILITY = {
-    "stabilityai/stable-video-diffusion-img2vid": "stable-video-diffusion-community",
-    "stabilityai/stable-video-diffusion-img2vid-xt": "stable-video-diffusion-community",
-    "stabilityai/stable-video-diffusion-img2vid-xt-1-1": "stable-video-diffusion-1-1-community",
-}
-"""Name of the licence by hub id, as in the front matter of these repositories; the text is their LICENSE.md."""
-
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SPECIAL = re.compile(r"[\\`*_{}\[\]<>#!|&~$@:^]|(?<=www)\.", re.IGNORECASE)
 
 _LEARNED = {
@@ -72,30 +49,6 @@ _CALL = {
 """Argument of diffusers' pipeline to the name of the manifest's convention."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a card says of a training."""
-
-    name: str
-    """`run.name`; any printable text."""
-    step: int
-    """Optimizer steps behind the weights."""
-    conventions: Mapping[str, Any]
-    """The manifest's."""
-    base: str | None = None
-    """Hub id of the base, or `tiny`; None: a model on somebody's disk, whose path is nobody else's business."""
-    licence: Mapping[str, str] = field(default_factory=lambda: dict(_UNKNOWN))
-    """Front matter of the base, from `base_license`."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Rows for the table beside the conventions: label to text."""
-    decode_chunk_size: int = 4
-    """Frames that the VAE decoded at once in the run's samples; at the edges of a chunk it shows in the frames."""
-    losses: tuple[float, float] | None = None
-    """Held-out loss, first and last."""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """The manifest's."""
-
-
 def model_card(training: Training, *, kind: Kind, images: Sequence[str] = (), folder: str = "export") -> str:
     """The text of README.md for a result of `kind`, front matter included.
 
@@ -103,7 +56,7 @@ def model_card(training: Training, *, kind: Kind, images: Sequence[str] = (), fo
     ```python fences run as they are, one after the other. Raises ValueError for an image that is not inside the folder.
     """
     for image in images:
-        if not _is_inside(image):
+        if not is_inside(image):
             raise ValueError(f"images: got {image!r}, expected a path relative to the folder of the card and inside it")
     sections = (
         f"# {_plain(training.name)}",
@@ -120,53 +73,6 @@ def model_card(training: Training, *, kind: Kind, images: Sequence[str] = (), fo
         *_licence(training, kind),
     )
     return _front_matter(training, kind) + "\n" + "\n\n".join(sections) + "\n"
-
-
-def base_license(pretrained: str, source: Path | None) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the base, as its own front matter or its hub id say.
-
-    `source` is where it lies on this machine, None when that is not known. What cannot be read is `other`, `unknown`.
-    A link is a full address, or the name of a file that has to be copied from the base.
-    """
-    known = _known_license(pretrained)
-    read = _read_license(source / "README.md") if source is not None else {}
-    if not read:
-        return known or dict(_UNKNOWN)
-    found = {"license": read["license"]}
-    name = read.get("license_name") or known.get("license_name", "")
-    if read["license"] == "other" or name:
-        found["license_name"] = name or _UNKNOWN["license_name"]
-    if link := _link(read.get("license_link", ""), pretrained, source, name):
-        found["license_link"] = link
-    return found
-
-
-def training_of_run(run: Path, checkpoint: Path, *, source: Path | None = None) -> Training:
-    """What the files of a run and one of its checkpoints say; `source` is the base on this machine, if it is known.
-
-    The options are those of the checkpoint's own config, with overrides. What is missing or unreadable is left out, but
-    for the manifest: raises CheckpointError without a whole one.
-    """
-    manifest = read_manifest(checkpoint)
-    pretrained = str(manifest.conventions.get("base", {}).get("pretrained", ""))
-    config, trainer = _config(checkpoint), _trainer(checkpoint)
-    return Training(
-        name=config.run.name if config else run.resolve().name,
-        step=manifest.step,
-        conventions=manifest.conventions,
-        base=public_name(pretrained, source),
-        licence=base_license(pretrained, source or _local(pretrained)),
-        options=_options(config, trainer) if config else {},
-        decode_chunk_size=config.memory.vae_chunk if config else Training.decode_chunk_size,
-        losses=_held_out(run / "metrics.jsonl", manifest.step),
-        versions=manifest.versions,
-    )
-
-
-def card_images(run: Path) -> list[Path]:
-    """The pictures of a run that a card shows: the contact sheet, and the newest sheet among its samples."""
-    sheets = sorted((run / "samples").glob("**/*sheet*.png"), key=lambda path: (path.stat().st_mtime, path))
-    return [path for path in (run / "contact_sheet.png", *sheets[-1:]) if path.is_file()]
 
 
 # --- sections ---
@@ -188,7 +94,7 @@ def _front_matter(training: Training, kind: Kind) -> str:
 
 def _summary(training: Training) -> str:
     c = training.conventions
-    rate = f" at {_number(c['fps'])} frames per second" if "fps" in c else ""
+    rate = f" at {number(c['fps'])} frames per second" if "fps" in c else ""
     return (
         f"Stable Video Diffusion, image to video, fine-tuned from {_base_link(training)}: {_plain(_learned(c))}, "
         f"{training.step} steps on clips of {_frames(c)}{rate}."
@@ -222,7 +128,7 @@ def _pipeline_code(folder: str) -> list[str]:
 def _lora_code(training: Training, folder: str) -> list[str]:
     """Three lines behind the imports. Without a dtype transformers would open the base's tower in that of its files."""
     base, here = training.conventions.get("base", {}), json.dumps(folder)
-    tiny, bridge = training.base == _TINY, bool(training.conventions.get("bridge"))
+    tiny, bridge = training.base == TINY, bool(training.conventions.get("bridge"))
     where = "TINY" if tiny else json.dumps(training.base or "base")
     options = [
         f"{key}={json.dumps(base[key])}"
@@ -253,10 +159,10 @@ def _lora_code(training: Training, folder: str) -> list[str]:
 
 def _sampling(training: Training) -> Iterator[str]:
     c = training.conventions
-    values = [f"{argument}={_number(c[key])}" for argument, key in _CALL.items() if key in c]
+    values = [f"{argument}={number(c[key])}" for argument, key in _CALL.items() if key in c]
     if "guidance" in c:
         low, high = c["guidance"]
-        values += [f"min_guidance_scale={_number(low)}", f"max_guidance_scale={_number(high)}"]
+        values += [f"min_guidance_scale={number(low)}", f"max_guidance_scale={number(high)}"]
     values += [f"decode_chunk_size={training.decode_chunk_size}", 'generator=torch.Generator("cpu").manual_seed(0)']
     fit = _FIT.get(c.get("resize", ""), "load_image({image})")
     image = fit.format(image='"first_frame.png"', width=c.get("width"), height=c.get("height"))
@@ -301,12 +207,12 @@ def _convention_rows(training: Training) -> dict[str, str]:
     base = c.get("base", {})
     told: dict[str, tuple[str, Callable[[Any], str]]] = {
         "num_frames": ("clips", lambda _: _frames(c)),
-        "fps": ("frames per second", _number),
+        "fps": ("frames per second", number),
         "resize": ("resized by", str),
-        "motion_bucket": ("motion bucket", _number),
+        "motion_bucket": ("motion bucket", number),
         "added_time_ids": ("time ids", lambda ids: ", ".join(map(str, ids))),
         "p_mean": ("ln(sigma) of the noise", lambda mean: _normal((mean, c.get("p_std", "?")))),
-        "dropout": ("condition dropped", lambda p: f"with probability {_number(p)}"),
+        "dropout": ("condition dropped", lambda p: f"with probability {number(p)}"),
         "noise_aug": ("ln(strength) of the noise on the first frame", _normal),
         "bridge": ("bridge", lambda bridge: f"{bridge}, from a CLIP tower of another width" if bridge else ""),
     }
@@ -353,7 +259,7 @@ def _licence(training: Training, kind: Kind) -> Iterator[str]:
     fields = training.licence
     name, link = fields.get("license_name") or fields.get("license", ""), fields.get("license_link")
     yield "## Licence"
-    if name in ("", _UNKNOWN["license_name"]):
+    if name in ("", UNKNOWN["license_name"]):
         yield (
             "The licence of the base could not be read. It binds this model too: add it here and to the metadata above "
             "(`license`, `license_name`, `license_link`) before publishing."
@@ -364,7 +270,7 @@ def _licence(training: Training, kind: Kind) -> Iterator[str]:
     yield f"{made} is made from its base and comes under the base's licence: {named}."
     if link and not link.startswith("https://"):
         yield f"{_plain(link)} is a file of the base: copy it into this folder before publishing."
-    if name in _STABILITY.values():
+    if name in STABILITY.values():
         yield (
             "Powered by Stability AI. That licence wants a copy of itself and a Notice file beside every model that is "
             "passed on: read it before publishing."
@@ -385,7 +291,7 @@ def _frames(conventions: Mapping[str, Any]) -> str:
 
 
 def _hub_id(training: Training) -> str | None:
-    return None if training.base == _TINY else training.base
+    return None if training.base == TINY else training.base
 
 
 def _base_name(training: Training) -> str:
@@ -396,7 +302,7 @@ def _base_name(training: Training) -> str:
 
 def _base_link(training: Training) -> str:
     hub = _hub_id(training)
-    return f"[{_plain(hub)}]({_HUB}/{hub})" if hub else _base_name(training)
+    return f"[{_plain(hub)}]({HUB}/{hub})" if hub else _base_name(training)
 
 
 def _fence(lines: Sequence[str]) -> str:
@@ -415,123 +321,4 @@ def _url(text: str) -> str:
 
 
 def _normal(drawn: Sequence[Any]) -> str:
-    return f"normal, mean {_number(drawn[0])}, deviation {_number(drawn[1])}"
-
-
-def _number(value: Any) -> str:
-    """7 for 7.0, 0.02 for 0.02: Python reads it back equal."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether `name` is a relative path that stays inside its folder, on any system."""
-    return bool(name) and name.isprintable() and not re.match(r"[/~]|.*[:\\]", name) and ".." not in name.split("/")
-
-
-# --- what the files say ---
-
-
-def _known_license(pretrained: str) -> dict[str, str]:
-    if pretrained == _TINY:
-        return {"license": "apache-2.0"}  # svdtune's own
-    name = _STABILITY.get(pretrained)
-    if name is None:
-        return {}
-    return {"license": "other", "license_name": name, "license_link": f"{_HUB}/{pretrained}/blob/main/LICENSE.md"}
-
-
-def _read_license(readme: Path) -> dict[str, str]:
-    """The licence fields that are text in the front matter of `readme`; {} without a `license` there."""
-    try:
-        found = _FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace"))
-        content = yaml.safe_load(found[1]) if found else None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    if not isinstance(content, dict):
-        return {}
-    wanted = {key: content.get(key) for key in ("license", "license_name", "license_link")}
-    fields = {key: value.strip() for key, value in wanted.items() if isinstance(value, str) and value.strip()}
-    return fields if "license" in fields else {}
-
-
-def _link(written: str, pretrained: str, source: Path | None, name: str) -> str:
-    """`license_link` of the base as it holds outside the base's own repository; "" for none."""
-    if written.startswith("https://"):
-        return written
-    if home := next((hub for hub in (pretrained, *_STABILITY) if _STABILITY.get(hub) == name), None):
-        return _known_license(home)["license_link"]
-    if not _is_inside(written):
-        return ""
-    public = public_name(pretrained, source)
-    return f"{_HUB}/{public}/blob/main/{written}" if public not in (None, _TINY) else written
-
-
-def public_name(pretrained: str, source: Path | None) -> str | None:
-    """`pretrained` where it is a hub id or `tiny`; None for what lies on this machine, or is neither.
-
-    `models/svd` may be an id or a folder: `source` tells, where it is known, since the hub's cache names its folders.
-    """
-    if pretrained == _TINY or pretrained in _STABILITY:
-        return pretrained
-    cached = source is None or f"models--{pretrained.replace('/', '--')}" in source.parts
-    return pretrained if cached and _ID.fullmatch(pretrained) and not Path(pretrained).exists() else None
-
-
-def _local(pretrained: str) -> Path | None:
-    try:
-        return local_source(pretrained) if pretrained else None
-    except ModelError:
-        return None
-
-
-def _config(checkpoint: Path) -> Config | None:
-    try:
-        return load_config(checkpoint / "config.yaml")
-    except ConfigError:
-        return None
-
-
-def _trainer(checkpoint: Path) -> dict[str, Any]:
-    try:
-        content = load_json(checkpoint / "trainer.json")
-    except (CheckpointError, OSError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _options(config: Config, trainer: Mapping[str, Any]) -> dict[str, str]:
-    train, adapt = config.train, config.adapt
-    processes = trainer.get("world_size")
-    rows: dict[str, Any] = {
-        "learning rate": f"{train.lr:g}, {train.schedule}, {train.warmup} steps of warm-up",
-        "clips per step": f"{train.batch_size} × {train.accumulation} accumulated"
-        + (f" × {processes} process{'es' if processes > 1 else ''}" if isinstance(processes, int) else ""),
-        "clips seen, repeats counted": trainer.get("samples"),
-        "optimizer": f"{train.optimizer}, weight decay {train.weight_decay:g}",
-        "precision": train.precision if train.precision != "no" else "float32",
-        "average of the weights": f"EMA, decay up to {train.ema_decay:g}" if train.ema else None,
-        "seed": config.run.seed,
-    }
-    if adapt.method == "lora":
-        alpha = adapt.rank if adapt.alpha is None else adapt.alpha
-        rows["LoRA"] = f"rank {adapt.rank}, alpha {_number(alpha)}{', DoRA' if adapt.dora else ''}"
-    return {label: str(text) for label, text in rows.items() if text is not None}
-
-
-def _held_out(metrics: Path, step: int) -> tuple[float, float] | None:
-    """First and last held-out loss up to `step`; None where there are not two."""
-    try:
-        lines = metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return None
-    losses = [loss for line in lines if (loss := _held_out_loss(line, step)) is not None]
-    return (losses[0], losses[-1]) if len(losses) > 1 else None
-
-
-def _held_out_loss(line: str, step: int) -> float | None:
-    try:
-        values = json.loads(line)
-        loss, at = values["held_out_loss"], values["step"]
-        return float(loss) if at <= step and math.isfinite(loss) else None
-    except (ValueError, TypeError, KeyError):
-        return None
+    return f"normal, mean {number(drawn[0])}, deviation {number(drawn[1])}"

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from svdtune.checkpoint.beside import write_beside
-from svdtune.checkpoint.card import public_name
 from svdtune.checkpoint.export import Base, export_run
 from svdtune.checkpoint.store import find_latest
+from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.data.catalog import scan

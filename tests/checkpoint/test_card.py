@@ -18,9 +18,10 @@ from huggingface_hub import ModelCard, metadata_load
 from PIL import Image, ImageOps
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from svdtune.checkpoint.card import Training, base_license, card_images, model_card, training_of_run
+from svdtune.checkpoint.card import model_card
 from svdtune.checkpoint.export import Base, export_run
 from svdtune.checkpoint.store import publish
+from svdtune.checkpoint.training import Training, base_license, card_images, training_of_run
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Adapt, Config, Model, Run, Train
 from svdtune.errors import CheckpointError
