@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from svdtune import __version__
-from svdtune.checkpoint.card import public_name
 from svdtune.checkpoint.files import load_json, save_json
 from svdtune.checkpoint.manifest import Manifest
+from svdtune.checkpoint.training import public_name
 from svdtune.model.headers import read_header
 from svdtune.model.single_file import NOTES, notes_of
 

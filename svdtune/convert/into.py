@@ -12,10 +12,11 @@ from torch import Tensor
 
 from svdtune.convert.sources import Whole
 from svdtune.errors import ModelError
+from svdtune.model.facts import FILES
 from svdtune.model.original import PREFIXES, rename, rules
-from svdtune.model.single_file import SingleFile, read_single_file
+from svdtune.model.single_file import read_single_file
 from svdtune.model.source import PARTS, part_weights
-from svdtune.model.weights import Weights, cast, stored
+from svdtune.model.weights import Weights, cast_each, stored
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def into_base(path: Path, whole: Whole) -> Into:
     file = read_single_file(path)
     own = {part: part_weights(path, part, None) for part in PARTS}
     ours = whole.parts["unet"]
-    _require_same_model(file, own["unet"], whole)
+    _require_same_shapes(path, own["unet"], ours)
+    _require_same_tower(path, own["image_encoder"], whole.parts["image_encoder"])
     changed = frozenset(name for name in ours.forms if not _is_same(own["unet"].read(name), ours.read(name)))
     if whole.trained is not None and (strange := sorted(changed - whole.trained)):
         raise ModelError(
@@ -54,21 +56,22 @@ def into_base(path: Path, whole: Whole) -> Into:
         {name: base.forms[name] for name in order},
         lambda name: new.read(back[name]) if name in back else base.read(name),
     )
-    kept = {"configs": file.notes["configs"]} if "configs" in file.notes else {}
+    # Frames and sampling defaults are guessed from a file's name where no notes say them: the new file has another name.
+    configs = {part: dict(getattr(file.configs, part)) for part in FILES}
     unet = Weights(own["unet"].forms, lambda name: new.read(name) if name in new.forms else own["unet"].read(name))
     return Into(
         weights,
         frozenset(back),
         file.header.metadata,
-        {**whole.notes, **kept},
+        {**whole.notes, "configs": configs},
         replace(whole, configs=file.configs, parts={**own, "unet": unet}),
     )
 
 
 def _replaced(base: Weights, ours: Weights, names: frozenset[str]) -> Weights:
     """Ours under `names`, each in the dtype that the base has it in."""
-    by_dtype = {dtype: cast(ours, dtype) for dtype in {base.forms[name].dtype for name in names}}
-    return Weights({name: base.forms[name] for name in names}, lambda name: by_dtype[base.forms[name].dtype].read(name))
+    made = cast_each(ours, {name: base.forms[name].dtype for name in names})
+    return Weights({name: made.forms[name] for name in names}, made.read)
 
 
 def _is_same(base: Tensor, ours: Tensor) -> bool:
@@ -76,23 +79,32 @@ def _is_same(base: Tensor, ours: Tensor) -> bool:
     return torch.equal(base.to(ours.dtype), ours) or torch.equal(base, ours.to(base.dtype))
 
 
-def _require_same_model(file: SingleFile, base: Weights, whole: Whole) -> None:
-    ours = whole.parts["unet"].forms
-    differ = sorted(
-        name
-        for name in base.forms.keys() | ours.keys()
-        if name not in base.forms or name not in ours or base.forms[name].shape != ours[name].shape
-    )
+def _require_same_shapes(path: Path, base: Weights, ours: Weights) -> None:
+    differ = _unlike_shapes(base, ours)
     if differ:
         raise ModelError(
-            f"--into: {file.path} has another UNet: {len(differ)} weights have no counterpart of the same shape ({', '.join(differ[:3])}"
+            f"--into: {path} has another UNet: {len(differ)} weights have no counterpart of the same shape ({', '.join(differ[:3])}"
             f"{', ...' if len(differ) > 3 else ''}). Give the base that was trained on, or leave --into out."
         )
-    width, own = (configs.image_encoder["projection_dim"] for configs in (file.configs, whole.configs))
-    towers = [{key: configs.image_encoder.get(key) for key in ("hidden_size", "num_hidden_layers", "patch_size")}
-              for configs in (file.configs, whole.configs)]  # fmt: skip
-    if towers[0] != towers[1] or width != own:
+
+
+def _require_same_tower(path: Path, base: Weights, ours: Weights) -> None:
+    """The UNet was trained on the embeddings of its own tower, and that of the base stays in the file."""
+    differ = _unlike_shapes(base, ours) or [
+        name for name in base.forms if not _is_same(base.read(name), ours.read(name))
+    ]
+    if differ:
         raise ModelError(
-            f"--into: {file.path} has another image encoder than the training ({towers[0]}, there {towers[1]}), which would stay in the "
-            "file. Leave --into out: the new file then holds all parts of the training."
+            f"--into: {path} has another image encoder than this model: {len(differ)} weights differ ({', '.join(differ[:3])}"
+            f"{', ...' if len(differ) > 3 else ''}). It would stay in the file, and the UNet was trained on the other's embeddings. "
+            "Leave --into out: the new file then holds all parts of this model."
         )
+
+
+def _unlike_shapes(base: Weights, ours: Weights) -> list[str]:
+    """Names that only one of both has, or in another shape."""
+    return sorted(
+        name
+        for name in base.forms.keys() | ours.forms.keys()
+        if name not in base.forms or name not in ours.forms or base.forms[name].shape != ours.forms[name].shape
+    )

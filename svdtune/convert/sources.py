@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import torch
 from svdtune.checkpoint.export import BRIDGE, VISUAL, fold_bridge
 from svdtune.checkpoint.lora import Lora, layers_of, merge_lora, put_lora, read_lora
 from svdtune.checkpoint.notes import make_notes, notes_in_file, notes_in_folder
+from svdtune.checkpoint.store import verify
+from svdtune.checkpoint.stream import as_bytes
 from svdtune.checkpoint.tensors import load_tensors
 from svdtune.config.schema import Model
 from svdtune.errors import ModelError, UsageError
-from svdtune.model.facts import PACKAGE, SHIPPED, ModelConfigs
+from svdtune.model.facts import HARMLESS, PACKAGE, SHIPPED, ModelConfigs
 from svdtune.model.family import recognise
 from svdtune.model.files import PICKLES, find_weights
-from svdtune.model.headers import read_header
+from svdtune.model.headers import BadFile, read_header, read_index
 from svdtune.model.load import load_part, load_unet
 from svdtune.model.source import PARTS, local_source, model_source, part_weights, read_configs, weights_hash
 from svdtune.model.weights import Weights, in_memory, laid_over
@@ -38,6 +42,8 @@ class Whole:
     """The folder of a run's checkpoints that it came from."""
     base: Path | None = None
     """Where the base of a training lies."""
+    dtypes: Mapping[str, Mapping[str, torch.dtype]] = field(default_factory=dict)
+    """Of the base's tensors, by part: what a training made of them is float32."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Adapter:
     base: Base | None
     """The base's weights, where they are on this machine or were named."""
     checkpoint: Path | None = None
+    bridge: torch.Tensor | None = None
+    """What was trained with it between the CLIP tower and the UNet."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,11 @@ class Base:
     variant: str | None
 
 
-def open_source(source: str, *, base: str | None, checkpoint: str | None) -> Whole | Adapter:
+def open_source(source: str, *, base: str | None, checkpoint: str | None, into: Path | None = None) -> Whole | Adapter:
     """Look at headers and JSON of `source`: a run, a diffusers folder, a single file, `tiny`, a hub id, or a LoRA.
 
-    Raises UsageError for what is none of these, ModelError and CheckpointError for what is damaged or of another model.
+    The base of a LoRA is `base`, else the one it was trained on where that is here, else `into`. Raises UsageError for what is
+    none of these, ModelError and CheckpointError for what is damaged or of another model.
     """
     path = Path(source)
     if path.is_dir() and is_run(path):
@@ -74,6 +83,7 @@ def open_source(source: str, *, base: str | None, checkpoint: str | None) -> Who
             f"--checkpoint: got {checkpoint}, but {source} is no run folder, and only a run has checkpoints."
         )
     if (path / "MANIFEST.json").is_file():
+        verify(path)
         return _of_run(path, open_checkpoint(path), base)
     if path.is_file() and path.suffix in PICKLES:
         raise ModelError(
@@ -82,9 +92,16 @@ def open_source(source: str, *, base: str | None, checkpoint: str | None) -> Who
     adapter = (path / "adapter_config.json").is_file()
     if adapter or (path.is_file() and recognise(_shapes(path)).name == "LoRA"):
         notes = notes_in_folder(path) if adapter else notes_in_file(path)
-        found = _base(base, notes)
+        found = _base(base, notes) or (Base(str(into), into, None) if into else None)
         unet = read_configs(found.source).unet if found else _shipped_unet(notes)
-        return Adapter(read_lora(path, unet), unet, found)
+        try:
+            return Adapter(read_lora(path, unet), unet, found)
+        except ModelError as error:
+            if found or isinstance(error, BadFile):
+                raise
+            raise ModelError(
+                f"{error} No base was given, so it was taken to be for SVD as released: give another base with --base."
+            ) from error
     if base is not None:
         raise UsageError(f"--base: got {base}, but {source} is a whole model, not a LoRA.")
     return open_whole(source)
@@ -113,9 +130,12 @@ def merged(adapter: Adapter) -> Whole:
     changed = merge_lora(unet)
     own = {name: parameter.detach() for name, parameter in unet.named_parameters() if name in changed}
     parts = _parts(base)
+    dtypes = _dtypes(parts)
+    parts["unet"] = laid_over(parts["unet"], own)
+    if adapter.bridge is not None:
+        configs, parts["image_encoder"] = _bridged(configs, parts["image_encoder"], adapter.bridge)
     return Whole(
-        configs, {**parts, "unet": laid_over(parts["unet"], own)}, adapter.lora.notes, frozenset(changed),
-        adapter.checkpoint, base.source,
+        configs, parts, adapter.lora.notes, frozenset(changed), adapter.checkpoint, base.source, dtypes
     )  # fmt: skip
 
 
@@ -131,22 +151,18 @@ def _of_run(run: Path, checkpoint: Checkpoint, base: str | None) -> Whole | Adap
     trained = load_tensors(checkpoint.weights_file)
     projection = trained.pop(BRIDGE, None)
     if config.adapt.method == "lora":
-        if projection is not None:
-            raise ModelError(
-                f"{run}: it has a bridge (conditioning.bridge), which no LoRA file can hold: use the folder {run / 'export'}, which "
-                "has the adapter and the image encoder with the bridge folded in."
-            )
         settings = {"lora_alpha": config.adapt.rank if config.adapt.alpha is None else config.adapt.alpha}
         layers = layers_of(checkpoint.weights_file, trained, configs.unet, settings)
-        return Adapter(Lora(checkpoint.folder, layers, notes), configs.unet, found, checkpoint.folder)
+        return Adapter(Lora(checkpoint.folder, layers, notes), configs.unet, found, checkpoint.folder, projection)
     parts = _parts(found)
+    dtypes = _dtypes(parts)
     if checkpoint.manifest.conventions.get("widened"):
         widened, _ = load_unet(config.model, configs, config.run.seed)
         parts["unet"] = in_memory(widened.state_dict())
     parts["unet"] = laid_over(parts["unet"], trained)
     if projection is not None:
         configs, parts["image_encoder"] = _bridged(configs, parts["image_encoder"], projection)
-    return Whole(configs, parts, notes, frozenset(trained), checkpoint.folder, found.source)
+    return Whole(configs, parts, notes, frozenset(trained), checkpoint.folder, found.source, dtypes)
 
 
 def _bridged(configs: ModelConfigs, tower: Weights, projection: torch.Tensor) -> tuple[ModelConfigs, Weights]:
@@ -160,7 +176,7 @@ def _base(named: str | None, notes: Mapping[str, Any]) -> Base | None:
         return _at(named)
     noted = notes.get("conventions", {}).get("base", {})
     pretrained = noted.get("pretrained")
-    if pretrained is None or not (pretrained == "tiny" or Path(pretrained).exists()):
+    if pretrained is None or not (pretrained == "tiny" or _is_model(Path(pretrained))):
         return None
     return Base(pretrained, _here(pretrained), noted.get("variant"))
 
@@ -168,15 +184,31 @@ def _base(named: str | None, notes: Mapping[str, Any]) -> Base | None:
 def _at(source: str) -> Base:
     """A model by its path or hub id; of a folder the plain weights, else the only variant there is."""
     path = Path(source)
-    if source != "tiny" and not path.exists() and (path.suffix or path.is_absolute() or path.parent.is_dir()):
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and path.suffix not in (".safetensors", *PICKLES)
+    if source != "tiny" and not path.exists() and (not named or path.parent.is_dir()):
         raise UsageError(
             f"{source}: no such run, folder or file. Give a run, a diffusers folder, a .safetensors file, a LoRA, a hub id "
             "(owner/name) or tiny."
         )
+    if source != "tiny" and path.is_dir() and not (path / "unet").is_dir():
+        raise ModelError(_no_model(path))
     here = local_source(source)
     if here is None:
-        return Base(source, model_source(Model(pretrained=source)), "fp16")
+        try:
+            return Base(source, model_source(Model(pretrained=source)), "fp16")
+        except ModelError as error:
+            raise ModelError(str(error).replace("model.pretrained", source, 1)) from error
     return Base(source, here, _variant(here))
+
+
+def _no_model(path: Path) -> str:
+    above = path.resolve().parent
+    if (path / "config.json").is_file() and (above / "unet").is_dir():
+        return f"{path}: it is one part of a model. Give the folder above it, {above}."
+    return (
+        f"{path}: it is no run (it has no checkpoints/), no diffusers folder (no unet/) and no LoRA (no adapter_config.json). Give one "
+        "of these, a .safetensors file, or a hub id."
+    )
 
 
 def _here(pretrained: str) -> Path:
@@ -190,8 +222,32 @@ def _variant(folder: Path) -> str | None:
     return None if folder.is_file() or found.plain or not found.variants else found.variants[0]
 
 
+def _is_model(path: Path) -> bool:
+    return path.is_file() or (path / "unet").is_dir()
+
+
 def _parts(base: Base) -> dict[str, Weights]:
-    return {part: part_weights(base.source, part, base.variant) for part in PARTS}
+    if base.source.is_dir():
+        for part in PARTS:
+            _require_shards(base.source / part, part, base.variant)
+    parts = {part: part_weights(base.source, part, base.variant) for part in PARTS}
+    tower = parts["image_encoder"]
+    kept = {name: form for name, form in tower.forms.items() if name not in HARMLESS}
+    return {**parts, "image_encoder": Weights(kept, tower.read)}
+
+
+def _require_shards(folder: Path, part: str, variant: str | None) -> None:
+    index = find_weights(folder, part, variant).index
+    named = read_index(index) if index is not None else []
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} of its {len(named)} shards are not there ({', '.join(missing[:3])}). Download them again."
+        )
+
+
+def _dtypes(parts: Mapping[str, Weights]) -> dict[str, dict[str, torch.dtype]]:
+    return {part: {name: form.dtype for name, form in weights.forms.items()} for part, weights in parts.items()}
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -210,8 +266,20 @@ def _require_own_base(adapter: Adapter, base: Base) -> None:
     if expected is None or adapter.checkpoint is not None:
         return
     got = weights_hash(base.source, "unet", base.variant)
-    if got != expected:
+    if got != expected and expected not in _rounded_hashes(base):
         raise ModelError(
             f"{adapter.lora.path}: this LoRA was trained on {noted.get('pretrained')} (UNet {expected[:16]}…), the base "
             f"{base.name} has the UNet {got[:16]}…. A LoRA acts only on its own base: give that one with --base."
         )
+
+
+def _rounded_hashes(base: Base) -> Iterator[str]:
+    """Hashes of its UNet in fewer bits: the fp16 release of a UNet is its fp32 release in fp16."""
+    weights = part_weights(base.source, "unet", base.variant)
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        digest = hashlib.sha256()
+        for key in sorted(weights.forms):
+            tensor = weights.read(key).to(dtype)
+            digest.update(f"{key} {name} {list(tensor.shape)}\n".encode())
+            digest.update(as_bytes(tensor))
+        yield digest.hexdigest()

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdtune.checkpoint.lora import read_lora
+from svdtune.checkpoint.lora import Adapted, read_lora
 from svdtune.checkpoint.stream import as_bytes, num_bytes
 from svdtune.convert.sources import Adapter, Whole
-from svdtune.errors import CheckpointError
+from svdtune.errors import CheckpointError, ModelError
 from svdtune.model.facts import IMAGE_DECODER, ModelConfigs, class_name
 from svdtune.model.headers import read_header
 from svdtune.model.load import load_part, network_of
 from svdtune.model.original import QUANT
+from svdtune.model.single_file import read_single_file
 from svdtune.model.source import PARTS, read_configs
 from svdtune.model.weights import Weights, stored
 
@@ -46,48 +47,62 @@ def same_tensors(path: Path, expected: Weights, told: Callable[[int], None]) -> 
         told(num_bytes(form))
 
 
-def same_forward(whole: Whole, written: Path) -> None:
-    """Raise CheckpointError unless each network in `written` computes what the one of `whole` does, on a small input."""
+@dataclass(frozen=True)
+class Forward:
+    """What the networks of a model give for one small input, by part."""
+
+    outputs: Mapping[str, list[Tensor]]
+    bounds: Mapping[str, float]
+    """How far another file's may be from it, relative."""
+
+
+def forward(whole: Whole, where: str) -> Forward:
+    """Build each network and let it run, one after another. Raises ModelError where its weights are not exactly its config's."""
+    outputs = {}
+    file = read_single_file(whole.configs.source) if whole.configs.source.is_file() else None
+    for part in PARTS:
+        unknown = file.plan(part).unknown if file else ()
+        network = network_of(part, getattr(whole.configs, part), whole.parts[part], f"{where}: {part}", unknown)
+        outputs[part] = _outputs(part, network, whole.configs)
+        if not all(bool(output.isfinite().all()) for output in outputs[part]):
+            raise ModelError(
+                f"{where}: its {part} gives values that are not finite for a small random input. Its weights are damaged, or the training "
+                "diverged: take the file again, or an earlier checkpoint."
+            )
+        del network  # never two at once
+    return Forward(outputs, {part: _bound(whole, part) for part in PARTS})
+
+
+def same_forward(expected: Forward, written: Path) -> None:
+    """Raise CheckpointError unless each network in `written` computes what the source's did."""
     configs = read_configs(written)
     for part in PARTS:
-        source = network_of(part, getattr(whole.configs, part), whole.parts[part], f"the source's {part}")
-        expected = _outputs(part, source, whole.configs)
-        del source  # never two networks at once
         got = _outputs(part, load_part(configs, part, None), configs)
-        for one, other in zip(expected, got, strict=True):
+        for one, other in zip(expected.outputs[part], got, strict=True):
             difference = float((one - other).norm() / one.norm().clamp_min(1e-12))
-            if not difference <= _bound(whole, part):
+            if not difference <= expected.bounds[part]:
                 raise CheckpointError(
                     f"{written}: its {part} does not compute what the source's does (relative difference {difference:.2g}). {_AGAIN}"
                 )
 
 
 def same_adapter(adapter: Adapter, written: Path, dtype: torch.dtype) -> None:
-    """Raise CheckpointError unless the LoRA in `written` adds to every layer what the source's does, in `dtype`."""
-    got = read_lora(written, adapter.unet)
-    expected = {
-        name: replace(layer, up=layer.up.to(dtype), down=layer.down.to(dtype))
-        for name, layer in adapter.lora.layers.items()
-    }
+    """Raise CheckpointError unless the LoRA in `written` is the source's in `dtype`: layers, matrices to the bit, alphas."""
+    expected, got = adapter.lora.layers, read_lora(written, adapter.unet).layers
     wrong = [
         name
-        for name in expected
-        if name not in got.layers or not torch.equal(*_effects(expected[name], got.layers[name]))
+        for name in expected.keys() | got.keys()
+        if name not in expected or name not in got or _content(expected[name], dtype) != _content(got[name], dtype)
     ]
-    if wrong or got.layers.keys() != expected.keys():
+    if wrong:
         raise CheckpointError(
-            f"{written}: {len(wrong) or 'other'} layers do not read back as they were written. {_AGAIN}"
+            f"{written}: {len(wrong)} layers do not read back as they were written ({', '.join(sorted(wrong)[:3])}). {_AGAIN}"
         )
 
 
-def _effects(*layers: Any) -> list[Tensor]:
-    """What each adds to the output of its layer for one input."""
-    first = layers[0].down.flatten(1)
-    given = torch.randn(first.shape[1], generator=torch.Generator().manual_seed(0))
-    return [
-        layer.alpha / layer.rank * (layer.up.float().flatten(1) @ (layer.down.float().flatten(1) @ given))
-        for layer in layers
-    ]
+def _content(layer: Adapted, dtype: torch.dtype) -> list[object]:
+    tensors = [layer.up, layer.down, *([] if layer.magnitude is None else [layer.magnitude])]
+    return [layer.alpha, *((tuple(tensor.shape), bytes(as_bytes(tensor.to(dtype)))) for tensor in tensors)]
 
 
 def _outputs(part: str, network: Any, configs: ModelConfigs) -> list[Tensor]:
