@@ -31,6 +31,7 @@ _KEPT = {
     "spatial": "In the UNet: every temporal layer and the mixing factors.",
     "lora": "The UNet's own weights: the adapters are added to them when they are loaded.",
 }
+_MERGED = "In the UNet: every layer that had no adapter; the adapters of the others are in their weights."
 _FIT = {
     "cover": "ImageOps.fit(load_image({image}), ({width}, {height}))",
     "pad": "ImageOps.pad(load_image({image}), ({width}, {height}))",
@@ -68,7 +69,7 @@ def model_card(training: Training, *, kind: Kind, images: Sequence[str] = (), fo
         _trained_with(training),
         _table(training),
         *(f"- {_plain(str(said))}" for said in training.conventions.get("widened", ())),
-        *_unchanged(training.conventions),
+        *_unchanged(training.conventions, kind),
         *_limits(training.conventions),
         *_licence(training, kind),
     )
@@ -235,7 +236,7 @@ def _loss_rows(training: Training) -> dict[str, str]:
     return {"loss on held-out clips": f"{first:.4f} at first, {last:.4f} at last"}
 
 
-def _unchanged(conventions: Mapping[str, Any]) -> Iterator[str]:
+def _unchanged(conventions: Mapping[str, Any], kind: Kind) -> Iterator[str]:
     tower = (
         "The VAE, the scheduler and the image processor. Of the CLIP tower all but its last projection, into which the "
         "trained bridge is folded."
@@ -243,7 +244,9 @@ def _unchanged(conventions: Mapping[str, Any]) -> Iterator[str]:
         else "The VAE, the CLIP image encoder, the scheduler and the image processor."
     )
     yield "## What is the base's, unchanged"
-    yield "\n".join(f"- {line}" for line in (_KEPT.get(str(conventions.get("adapt"))), tower) if line)
+    merged = kind == "pipeline" and conventions.get("adapt") == "lora"
+    kept = _MERGED if merged else _KEPT.get(str(conventions.get("adapt")))
+    yield "\n".join(f"- {line}" for line in (kept, tower) if line)
 
 
 def _limits(conventions: Mapping[str, Any]) -> Iterator[str]:

@@ -109,12 +109,17 @@ def pipeline_json(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
 
     vae = ["diffusers", class_name(configs["vae"]) or TEMPORAL_VAE]
     index = {"_class_name": "StableVideoDiffusionPipeline", "_diffusers_version": __version__, **_CLASSES, "vae": vae}
-    made = {FILES[part]: dict(content) for part, content in configs.items()}
+    made = {FILES[part]: published(content) for part, content in configs.items()}
     # Without it transformers 5 opens the tower in the files' float16 and diffusers the rest in float32: no forward runs.
     tower = made[FILES["image_encoder"]]
     tower.pop("torch_dtype", None)
     tower["dtype"] = "float32"
     return {"model_index.json": index, **made}
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a part without the path that it was once loaded from."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
 
 
 def write_json_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.card import Kind
-from svdtune.checkpoint.export import pipeline_json, write_json_files
+from svdtune.checkpoint.export import pipeline_json, published, write_json_files
 from svdtune.checkpoint.files import fsync_file, fsync_folder, is_disk_full, partial_name
 from svdtune.checkpoint.lora import comfy_tensors, peft_files
 from svdtune.checkpoint.notes import as_metadata, write_notes
@@ -166,10 +166,7 @@ def _dtypes(whole: Whole, part: str) -> dict[str, torch.dtype]:
 
 def _jsons(whole: Whole) -> dict[str, dict[str, Any]]:
     """Results are published: where somebody's disk had a part is left out."""
-    return {
-        part: {key: value for key, value in getattr(whole.configs, part).items() if key != "_name_or_path"}
-        for part in FILES
-    }
+    return {part: published(getattr(whole.configs, part)) for part in FILES}
 
 
 def _described(weights: Weights) -> str:

@@ -444,3 +444,11 @@ def test_what_was_widened_is_told():
         replace(TRAINING, conventions={**CONVENTIONS, "widened": ["conv_in | starts at zero"]}), kind="pipeline"
     )
     assert "\n- conv\\_in \\| starts at zero\n" in card
+
+
+def test_a_lora_in_the_weights_is_not_told_as_an_adapter() -> None:
+    training = Training("merged", 3, {**CONVENTIONS, "adapt": "lora"})
+    merged, apart = model_card(training, kind="pipeline"), model_card(training, kind="lora")
+    assert "the adapters of the others are in their weights" in merged
+    assert "the adapters are added to them when they are loaded" not in merged
+    assert "the adapters are added to them when they are loaded" in apart

@@ -34,6 +34,7 @@ def base_folder(tmp_path_factory) -> Path:
         hidden_size=16, intermediate_size=16, projection_dim=24, num_hidden_layers=1, num_attention_heads=2,
         image_size=16, patch_size=8,
     )  # fmt: skip
+    vae.register_to_config(_name_or_path="/home/somebody/models/svd")
     parts = {"unet": tiny_unet(), "vae": vae, "image_encoder": CLIPVisionModelWithProjection(clip)}
     for part, network in parts.items():
         network.half().save_pretrained(folder / part, variant="fp16")
@@ -61,6 +62,7 @@ def temporal_unet(folder: Path):
 def test_a_full_export_opens_as_a_pipeline_and_is_the_trained_model(tmp_path, base):
     unet = temporal_unet(base.source)
     export_run(tmp_path / "export", base=base, unet=unet, lora=False, half=False)
+    assert not any("_name_or_path" in path.read_text() for path in (tmp_path / "export").rglob("*.json"))
     pipeline = StableVideoDiffusionPipeline.from_pretrained(tmp_path / "export")
     exported, before = (
         pipeline.unet.state_dict(),
