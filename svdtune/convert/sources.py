@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from svdtune.checkpoint.export import BRIDGE, VISUAL, fold_bridge
 from svdtune.checkpoint.lora import Lora, layers_of, merge_lora, put_lora, read_lora
 from svdtune.checkpoint.notes import make_notes, notes_in_file, notes_in_folder
 from svdtune.checkpoint.store import verify
-from svdtune.checkpoint.stream import as_bytes
 from svdtune.checkpoint.tensors import load_tensors
 from svdtune.config.schema import Model
 from svdtune.errors import ModelError, UsageError
@@ -24,7 +22,15 @@ from svdtune.model.family import recognise
 from svdtune.model.files import PICKLES, find_weights
 from svdtune.model.headers import BadFile, read_header, read_index
 from svdtune.model.load import load_part, load_unet
-from svdtune.model.source import PARTS, local_source, model_source, part_weights, read_configs, weights_hash
+from svdtune.model.source import (
+    PARTS,
+    local_source,
+    model_source,
+    part_weights,
+    read_configs,
+    rounded_hashes,
+    weights_hash,
+)
 from svdtune.model.weights import Weights, in_memory, laid_over
 from svdtune.sample.run import Checkpoint, find_checkpoint, is_run, open_checkpoint, require_own_base
 
@@ -266,20 +272,8 @@ def _require_own_base(adapter: Adapter, base: Base) -> None:
     if expected is None or adapter.checkpoint is not None:
         return
     got = weights_hash(base.source, "unet", base.variant)
-    if got != expected and expected not in _rounded_hashes(base):
+    if got != expected and expected not in rounded_hashes(base.source, "unet", base.variant):
         raise ModelError(
             f"{adapter.lora.path}: this LoRA was trained on {noted.get('pretrained')} (UNet {expected[:16]}…), the base "
             f"{base.name} has the UNet {got[:16]}…. A LoRA acts only on its own base: give that one with --base."
         )
-
-
-def _rounded_hashes(base: Base) -> Iterator[str]:
-    """Hashes of its UNet in fewer bits: the fp16 release of a UNet is its fp32 release in fp16."""
-    weights = part_weights(base.source, "unet", base.variant)
-    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
-        digest = hashlib.sha256()
-        for key in sorted(weights.forms):
-            tensor = weights.read(key).to(dtype)
-            digest.update(f"{key} {name} {list(tensor.shape)}\n".encode())
-            digest.update(as_bytes(tensor))
-        yield digest.hexdigest()

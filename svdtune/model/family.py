@@ -223,7 +223,9 @@ def _lora(shapes: Shapes) -> Family | None:
     peft = any(name.startswith("base_model.model.") or ".lora_A." in name for name in down)
     naming = "kohya" if kohya else "peft" if peft else "diffusers"
     cross = {s[1] for n, s in down.items() if "attn2" in n and any(k in n for k in ("to_k", "to_v")) and len(s) == 2}
-    if any(mark in name for name in down for mark in ("temporal_transformer_blocks", "temporal_res_block", "time_stack")):
+    if any(
+        mark in name for name in down for mark in ("temporal_transformer_blocks", "temporal_res_block", "time_stack")
+    ):
         base = "SVD (it adapts temporal layers)"
     elif len(cross) == 1:
         width = cross.pop()

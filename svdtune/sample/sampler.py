@@ -99,12 +99,18 @@ def build_pipeline(
 
 
 def sample_video(
-    pipeline: StableVideoDiffusionPipeline, image: Tensor, settings: SampleSettings, *, seed: int
+    pipeline: StableVideoDiffusionPipeline,
+    image: Tensor,
+    settings: SampleSettings,
+    *,
+    seed: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """The video that starts at `image` (3, h, w) in [-1, 1]: uint8 RGB, (num_frames, h, w, 3).
 
     The noise is drawn on the CPU from `seed`, so it is the same on every device. The image is rounded to 8 bits, as
-    diffusers' pipeline takes it. Train and eval modes, dtypes and forwards are as before afterwards.
+    diffusers' pipeline takes it. Train and eval modes, dtypes and forwards are as before afterwards. `on_step` is called
+    after each sampler step.
     Raises ModelError when the result is not finite.
     """
     import torch
@@ -124,6 +130,7 @@ def sample_video(
             max_guidance_scale=settings.max_guidance_scale,
             decode_chunk_size=settings.decode_chunk_size,
             generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=lambda *_: on_step() or {},  # pyright: ignore[reportArgumentType]
             output_type="np",
             return_dict=False,
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import combining, normalize
 
 import numpy as np
 
@@ -36,7 +37,20 @@ class _Row:
 
     @property
     def width(self) -> int:
-        return len(self.cells) * (self.cells[0].width + _GAP) - _GAP
+        return max(len(self.cells) * (self.cells[0].width + _GAP) - _GAP, self.detail_left + self.detail_width)
+
+    @property
+    def detail_left(self) -> int:
+        """From the title's left edge to the detail behind it."""
+        from PIL import ImageFont
+
+        return round(ImageFont.load_default(_TITLE_PX).getlength(self.title)) + 14
+
+    @property
+    def detail_width(self) -> int:
+        from PIL import ImageFont
+
+        return round(ImageFont.load_default(_CAPTION_PX).getlength(self.detail))
 
 
 def contact_sheet(path: str | os.PathLike[str], rows: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -62,6 +76,12 @@ def contact_sheet(path: str | os.PathLike[str], rows: Sequence[tuple[str, np.nda
     _save(Path(path), sheet)
 
 
+def drawable(text: str) -> str:
+    """`text` in letters that Pillow's own font has: accents are left out, a letter of another script becomes `?`."""
+    plain = "".join(letter for letter in normalize("NFKD", text) if not combining(letter))
+    return plain.encode("ascii", "replace").decode()
+
+
 def _lay_out(title: str, frames: np.ndarray, columns: int) -> _Row:
     from PIL import Image
 
@@ -72,7 +92,7 @@ def _lay_out(title: str, frames: np.ndarray, columns: int) -> _Row:
     size, resample = _cell_size(height, width, columns)
     cells = [Image.fromarray(np.ascontiguousarray(frames[index])).resize(size, resample) for index in chosen]
     noun = "frame" if count == 1 else "frames"
-    return _Row(title, f"{count} {noun}, {width} x {height}", cells, [index + 1 for index in chosen])
+    return _Row(drawable(title), f"{count} {noun}, {width} x {height}", cells, [index + 1 for index in chosen])
 
 
 def _choose(count: int, columns: int) -> list[int]:
@@ -97,9 +117,8 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: _Row, top: int
 
     title_font, small_font = ImageFont.load_default(_TITLE_PX), ImageFont.load_default(_CAPTION_PX)
     draw.text((_MARGIN, top), row.title, fill=_INK, font=title_font, anchor="la")
-    detail_left = _MARGIN + draw.textlength(row.title, font=title_font) + 14
     baseline = top + title_font.getbbox("x", anchor="la")[3]
-    draw.text((detail_left, baseline), row.detail, fill=_FAINT, font=small_font, anchor="ls")
+    draw.text((_MARGIN + row.detail_left, baseline), row.detail, fill=_FAINT, font=small_font, anchor="ls")
     left = _MARGIN
     for cell, number in zip(row.cells, row.numbers, strict=True):
         sheet.paste(cell, (left, top + _TITLE_HEIGHT))

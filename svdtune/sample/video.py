@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from svdtune.checkpoint.files import partial_name, swap_in
 from svdtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,11 +23,12 @@ Resize = Literal["cover", "pad", "squash"]
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
-def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, fps: float) -> None:
+def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, fps: float, *, comment: str = "") -> None:
     """Write `frames` (uint8 RGB, (t, h, w, 3)) as an H.264 file that plays in browsers, QuickTime and VLC.
 
     High profile, 4:2:0, BT.709 limited range (converted and tagged alike), closed GOPs, moov before mdat.
     H.264 4:2:0 has even sides only: an odd side is extended by repeating its last row or column.
+    `comment` goes into the file's metadata. The same arguments give the same bytes.
     The file appears at `path` only when it is whole. Raises ValueError for other dtypes or shapes.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -34,10 +37,29 @@ def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, fps: float) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _encode(partial, _pad_to_even(frames), _rate(fps))
+        _encode(partial, _pad_to_even(frames), _rate(fps), comment)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_frames(folder: Path, frames: np.ndarray, comment: str) -> None:
+    """Write `0001.png`, `0002.png`, ... into `folder`, `comment` in each; the folder replaces one of the same name in one step."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("comment", comment)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for number, pixels in enumerate(frames, start=1):
+            Image.fromarray(np.ascontiguousarray(pixels)).save(partial / f"{number:04}.png", pnginfo=text)
+        swap_in(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_image(path: str | os.PathLike[str], *, height: int, width: int, resize: Resize = "cover") -> Tensor:
@@ -67,7 +89,7 @@ def _pad_to_even(frames: np.ndarray) -> np.ndarray:
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
+def _encode(path: Path, frames: np.ndarray, rate: Fraction, comment: str) -> None:
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
@@ -75,6 +97,8 @@ def _encode(path: Path, frames: np.ndarray, rate: Fraction) -> None:
     # Mean chroma of each 2 x 2 block, rounded: 0.5 of a level off at most, where swscale's default is 0.8 and biased.
     exact = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
     with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Without B-frames no edit list is needed, and every reader finds frame 0 at time 0.

@@ -197,4 +197,5 @@ def conventions(config: Config, model: ModelParts) -> dict[str, Any]:
         "noise_aug_strength": config.validation.noise_aug_strength,
         "guidance": list(config.validation.guidance),
         "inference_steps": config.validation.inference_steps,
+        "vae_chunk": config.memory.vae_chunk,
     }

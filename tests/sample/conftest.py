@@ -1,14 +1,17 @@
-"""A random SVD in memory and as a diffusers folder."""
+"""A random SVD in memory and as a diffusers folder, a run on it, and a picture."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from PIL import Image
 from random_svd import CLIP, FEATURE_EXTRACTOR, SCHEDULER, UNET, VAE, Model
+from sample_runs import write_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
@@ -40,3 +43,20 @@ def model_folder(model: Model, tmp_path: Path) -> Path:
         (folder / file).parent.mkdir()
         (folder / file).write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, model_folder: Path) -> Path:
+    """A run folder whose resolved config is all there is yet."""
+    folder = tmp_path / "runs" / "shapes"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {name: shapes}\n")
+    write_config(folder, model_folder)
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    return tmp_path / "first.png"

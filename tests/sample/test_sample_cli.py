@@ -8,90 +8,29 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import torch
-from PIL import Image
+from sample_runs import frames_of, save, write_config
 
-from svdtune.checkpoint.state import save_ema, save_trained
-from svdtune.checkpoint.store import publish
-from svdtune.config.load import load_config, resolved_yaml
 from svdtune.errors import CheckpointError, DataError, ModelError, UsageError
-from svdtune.model.adapt import adapt
-from svdtune.model.load import load_model
 from svdtune.sample import cli
 from svdtune.sample.cli import sample_run
-from svdtune.sample.run import find_checkpoint, open_checkpoint
-from svdtune.trainer.build import conventions
-from svdtune.trainer.optimizer import make_ema
+from svdtune.sample.run import find_checkpoint
+from svdtune.sample.shot import Asked, plan_shot
+from svdtune.sample.sources import Choice, open_subjects
 
+KINDS = "SOURCE is a run, a checkpoint, a diffusers folder, a single file (svd_xt.safetensors), a hub id (owner/name) or 'tiny'."
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture
-def run(tmp_path: Path, model_folder: Path) -> Path:
-    """A run folder whose resolved config is all there is yet."""
-    folder = tmp_path / "runs" / "shapes"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text("run: {name: shapes}\n")
-    write_config(folder, model_folder)
-    return folder
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "first.png")
-    return tmp_path / "first.png"
-
-
-def write_config(run: Path, base: Path, *overrides: str) -> None:
-    options = [
-        f"model.pretrained={base}", "model.variant=null", "data.num_frames=4", "data.height=16", "data.width=24", "data.fps=7.5",
-        "data.motion_bucket=50", "adapt.rank=2", "train.precision=no", "validation.inference_steps=2",
-        "validation.guidance=[1.0,2.0]", *overrides,
-    ]  # fmt: skip
-    (run / "config.resolved.yaml").write_text(resolved_yaml(load_config(run / "config.yaml", options)))
-
-
-def save(run: Path, step: int, *, shift: float = 0.0, ema_shift: float | None = None, **changes: object) -> Path:
-    """What the trainer saves after `step` steps that moved every trained weight by `shift`."""
-    config = load_config(run / "config.resolved.yaml")
-    model = load_model(config.model)
-    trained = adapt(model.unet, config.adapt, dtype=torch.float32, seed=0)
-    move(trained, shift)
-
-    def write(folder: Path) -> None:
-        save_trained(folder, trained, lora=config.adapt.method == "lora")
-        (folder / "config.yaml").write_text((run / "config.resolved.yaml").read_text())
-        if ema_shift is not None:
-            config.train.ema = True
-            move(trained, ema_shift - shift)
-            save_ema(folder, make_ema(config.train, trained.values()), trained)
-
-    recorded = {**conventions(config, model), **changes}
-    return publish(run / "checkpoints", step, write, conventions=recorded, config_hash="", keep=9)
-
-
-def move(trained: dict, by: float) -> None:
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(by)
-
-
-def frames_of(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(float)
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch) -> list:
     """The settings that reach the sampler; nothing is sampled."""
     seen: list = []
 
-    def record(pipeline, image, settings, *, seed):
+    def record(pipeline, image, settings, *, seed, on_step):
         seen.append((settings, tuple(image.shape), seed))
         return np.zeros((2, 16, 24, 3), np.uint8)
 
     monkeypatch.setattr(cli, "sample_video", record)
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: None)
+    monkeypatch.setattr(cli, "_load", lambda *_: None)
     return seen
 
 
@@ -105,10 +44,10 @@ def test_writes_a_video_of_the_trained_weights(run: Path, image: Path, model_fol
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert (stream.frames, stream.width, stream.height, stream.average_rate) == (4, 24, 16, 7.5)
-    base = sample_run(run, image, checkpoint="1", out=run / "base.mp4")
+    base = sample_run(run, image, checkpoints=("1",), out=run / "base.mp4")
     assert base == run / "base.mp4"
     assert np.abs(frames_of(path) - frames_of(base)).mean() > 3
-    again = sample_run(run, image, checkpoint="step-00000002", out=run / "again.mp4")
+    again = sample_run(run, image, checkpoints=("step-00000002",), out=run / "again.mp4")
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -117,7 +56,7 @@ def test_ema_is_preferred(run: Path, image: Path) -> None:
     save(run, 2, shift=-0.2, ema_shift=0.3)
     save(run, 3, shift=-0.2)
     with_ema, moved, raw = (
-        frames_of(sample_run(run, image, checkpoint=name, out=run / f"{name}.mp4")) for name in ("2", "1", "3")
+        frames_of(sample_run(run, image, checkpoints=(name,), out=run / f"{name}.mp4")) for name in ("2", "1", "3")
     )
     other = np.abs(with_ema - raw).mean()
     assert other > 3
@@ -147,8 +86,10 @@ def test_settings_are_those_of_training(
 def test_settings_given(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(run, 1)
     seen = settings_of(monkeypatch)
-    path = sample_run(run, image, num_frames=3, fps=12, motion_bucket=200, noise_aug_strength=0, steps=5, guidance_min=0,
-                      guidance_max=1.5, seed=7)  # fmt: skip
+    asked = Asked(
+        num_frames=3, fps=12, motion_bucket=200, noise_aug_strength=0, steps=5, guidance_min=0, guidance_max=1.5
+    )
+    path = sample_run(run, image, asked=asked, seeds=(7,))
     settings, _, seed = seen[0]
     assert (settings.num_frames, settings.fps, settings.motion_bucket_id, settings.num_inference_steps) == (
         3,
@@ -173,7 +114,8 @@ def test_no_such_run(run: Path, image: Path, monkeypatch: pytest.MonkeyPatch, tm
         f"no such run: {run.parent}/shaeps. Did you mean {run}?"
     )
     assert message(UsageError, run.parent / "zzz", image) == (
-        f"no such run: {run.parent}/zzz. Runs: {run}. A run is the folder that `svdtune train` makes (run.dir/run.name)."
+        f"no such run: {run.parent}/zzz. Runs: {run}. A run is the folder that `svdtune train` makes (run.dir/run.name). "
+        + KINDS
     )
 
 
@@ -186,13 +128,14 @@ def test_name_without_its_folder(run: Path, image: Path, monkeypatch: pytest.Mon
 def test_no_run_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert message(UsageError, Path("x"), Path("a.png")) == (
-        "no such run: x. There is no run yet. A run is the folder that `svdtune train` makes (run.dir/run.name)."
+        "no such run: x. There is no run yet. A run is the folder that `svdtune train` makes (run.dir/run.name). "
+        + KINDS
     )
 
 
 def test_not_a_run(tmp_path: Path, image: Path) -> None:
     assert message(UsageError, tmp_path, image) == (
-        f"{tmp_path} is not a run: it has neither checkpoints/ nor config.yaml. Give the folder that `svdtune train` made."
+        f"{tmp_path} is no run (it has no checkpoints/) and no model (it has no unet/). {KINDS}"
     )
 
 
@@ -204,12 +147,12 @@ def test_no_checkpoint_yet(run: Path, image: Path) -> None:
 
 
 def test_named_checkpoint_missing(run: Path, image: Path) -> None:
-    assert message(UsageError, run, image, checkpoint="5") == (
+    assert message(UsageError, run, image, checkpoints=("5",)) == (
         f"checkpoint 5: no such checkpoint in {run}/checkpoints; there is none yet."
     )
     save(run, 1)
     save(run, 2)
-    assert message(UsageError, run, image, checkpoint="step-5") == (
+    assert message(UsageError, run, image, checkpoints=("step-5",)) == (
         f"checkpoint step-5: no such checkpoint in {run}/checkpoints; there: step-00000001, step-00000002."
     )
 
@@ -220,7 +163,7 @@ def test_damaged_checkpoints(run: Path, image: Path, caplog: pytest.LogCaptureFi
     (newer / "lora.safetensors").write_bytes(b"")
     assert find_checkpoint(run, None).name == "step-00000001"
     assert "skipped step-00000002: " in caplog.text
-    assert message(CheckpointError, run, image, checkpoint="2").startswith(f"{newer}/lora.safetensors: expected ")
+    assert message(CheckpointError, run, image, checkpoints=("2",)).startswith(f"{newer}/lora.safetensors: expected ")
     (run / "checkpoints" / "step-00000001" / "MANIFEST.json").unlink()
     assert message(CheckpointError, run, image).startswith(
         f"{run}/checkpoints: no checkpoint can be used.\n  step-00000002: {newer}/lora.safetensors: expected "
@@ -239,31 +182,31 @@ def test_no_such_image(run: Path, image: Path) -> None:
 def test_bad_options(run: Path, image: Path) -> None:
     save(run, 1)
     assert message(UsageError, run, image, out=run / "a.gif") == (
-        f"out: got {run}/a.gif, expected the path of a file that ends in .mp4"
+        f"--out: got {run}/a.gif, expected a folder, or the path of a file that ends in .mp4"
     )
     for seed in (-1, 2**63):
-        assert message(UsageError, run, image, seed=seed) == (
+        assert message(UsageError, run, image, seeds=(seed,)) == (
             f"seed: got {seed}, expected a whole number from 0 to 2**63 - 1"
         )
-    assert message(UsageError, run, image, num_frames=0) == "num_frames: got 0, expected >= 2"
+    assert message(UsageError, run, image, asked=Asked(num_frames=0)) == "num_frames: got 0, expected >= 2"
 
 
 def test_out_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     run: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, 1)
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
     out = image / "x.mp4"
     fix = "Give with --out a path in a folder that can be written to."
     assert message(UsageError, run, image, out=out) == (
-        f"out: {out} cannot be written: {image} is a file, not a folder. {fix}"
+        f"--out: {out} cannot be written: {image} is a file, not a folder. {fix}"
     )
     assert message(UsageError, run, image, out=Path("/proc/nope/x.mp4")) == (
-        f"out: /proc/nope/x.mp4 cannot be written: No such file or directory. {fix}"
+        f"--out: /proc/nope/x.mp4 cannot be written: No such file or directory. {fix}"
     )
     (run / "samples").touch()
     assert message(UsageError, run, image) == (
-        f"out: {run}/samples/first-seed0.mp4 cannot be written: {run}/samples is a file, not a folder. {fix}"
+        f"--out: {run}/samples/first-seed0.mp4 cannot be written: {run}/samples is a file, not a folder. {fix}"
     )
 
 
@@ -272,8 +215,8 @@ def test_a_folder_that_refuses_files_is_found_before_the_model_is_loaded(
 ) -> None:
     """Root may write anywhere but in /proc, where a folder that exists takes no files."""
     save(run, 1)
-    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("the model was loaded"))
-    assert message(UsageError, run, image, out=Path("/proc/x.mp4")).startswith("out: /proc/x.mp4 cannot be written: ")
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    assert message(UsageError, run, image, out=Path("/proc/x.mp4")).startswith("--out: /proc/x.mp4 cannot be written: ")
 
 
 def test_another_base(run: Path, image: Path) -> None:
@@ -286,12 +229,14 @@ def test_another_base(run: Path, image: Path) -> None:
     )
 
 
-def test_convention_not_recorded(run: Path, image: Path) -> None:
+def test_convention_not_recorded(run: Path) -> None:
     folder = save(run, 1)
-    opened = open_checkpoint(folder)
-    lacking = replace(opened, manifest=replace(opened.manifest, conventions={"guidance": [1, 2]}))
+    (subject,) = open_subjects(Choice(str(run)))
+    opened = subject.checkpoint
+    assert opened is not None
+    lacking = replace(opened, manifest=replace(opened.manifest, conventions={}))
     with pytest.raises(CheckpointError) as error:
-        cli.trained_settings(lacking)
+        plan_shot(replace(subject, checkpoint=lacking, conventions={"guidance": [1, 2]}), Asked())
     assert str(error.value) == (
         f"{folder}/MANIFEST.json: the conventions have no 'num_frames', so it is unknown how this run was trained. "
         "Use the svdtune version that made the checkpoint."
