@@ -25,7 +25,6 @@ PREFIXES = {
 TEMPORAL_VAE = "AutoencoderKLTemporalDecoder"
 QUANT = "quant_conv"
 
-Names = Mapping[str, tuple[int, ...]]
 How = Literal["same", "matrix", "transposed", "joined"]
 Move = Literal[
     "same", "to_matrix", "to_convolution", "transposed", "third_0", "third_1", "third_2", "joined", "identity", "zeros", "folded"
@@ -81,9 +80,8 @@ def rules(part: str, config: Mapping[str, Any]) -> tuple[Rule, ...]:
 
 def rename(table: Iterable[Rule], name: str, to: Literal["original", "diffusers"]) -> str | None:
     """The name of a tensor or module on the other side; None when no rule knows it, or its tensor is cut or joined."""
-    paths = {
-        **{rule.original: rule.diffusers[0] for rule in table if rule.how != "joined"},
-    } if to == "diffusers" else {rule.diffusers[0]: rule.original for rule in table if rule.how != "joined"}  # fmt: skip
+    known = [(rule.original, rule.diffusers[0]) for rule in table if rule.how != "joined"]
+    paths = dict(known) if to == "diffusers" else {there: own for own, there in known}
     hit = _longest(paths, name)
     return None if hit is None else paths[hit] + name[len(hit) :]
 
@@ -93,13 +91,8 @@ def to_diffusers(part: str, config: Mapping[str, Any], names: Iterable[str]) -> 
     names = set(names)
     by_path = {rule.original: rule for rule in rules(part, config)}
     takes: dict[str, Take] = {}
-    unknown = []
-    for name in sorted(names):
-        hit = _longest(by_path, name)
-        if hit is None:
-            unknown.append(name)
-            continue
-        rule, rest = by_path[hit], name[len(hit) :]
+    matched, unknown = _matched(by_path, names)
+    for name, rule, rest in matched:
         if rule.how == "joined":
             takes |= {target + rest: Take((name,), move) for target, move in zip(rule.diffusers, _THIRDS, strict=True)}
         else:
@@ -119,13 +112,8 @@ def to_original(part: str, config: Mapping[str, Any], names: Iterable[str], *, f
     names = set(names)
     by_path = {path: rule for rule in rules(part, config) for path in rule.diffusers}
     takes: dict[str, Take] = {}
-    unknown = []
-    for name in sorted(names):
-        hit = _longest(by_path, name)
-        if hit is None:
-            unknown.append(name)
-            continue
-        rule, rest = by_path[hit], name[len(hit) :]
+    matched, unknown = _matched(by_path, names)
+    for name, rule, rest in matched:
         sources = tuple(path + rest for path in rule.diffusers)
         if names.issuperset(sources):
             takes[rule.original + rest] = Take(sources, _move(rule, rest, into="original"))
@@ -289,6 +277,13 @@ def _within(original: str, diffusers: str, pairs: Iterable[tuple[str, str]]) -> 
 
 def _per_level(value: int | list[int], levels: int) -> list[int]:
     return [value] * levels if isinstance(value, int) else list(value)
+
+
+def _matched(by_path: Mapping[str, Rule], names: Iterable[str]) -> tuple[list[tuple[str, Rule, str]], list[str]]:
+    """Each name with its rule and what stands behind the rule's path; and the names that no rule knows."""
+    hits = {name: _longest(by_path, name) for name in sorted(names)}
+    known = [(name, by_path[hit], name[len(hit) :]) for name, hit in hits.items() if hit is not None]
+    return known, [name for name, hit in hits.items() if hit is None]
 
 
 def _longest(paths: Mapping[str, Any], name: str) -> str | None:
