@@ -71,7 +71,12 @@ def test_a_head_count_that_no_shape_shows(findings):
 @pytest.mark.parametrize(
     ("change", "code", "where", "got"),
     [
-        (lambda t: {n: x for n, x in t.items() if "middle_block.1" not in n}, "CKP209", "(unet)", "57 weights are missing: mid_block (57)"),
+        (
+            lambda t: {n: x for n, x in t.items() if "middle_block.1" not in n},
+            "CKP209",
+            "(unet)",
+            "57 weights are missing: mid_block (57)",
+        ),
         (
             lambda t: {**t, f"{NET}motion.weight": torch.zeros(2)},
             "CKP210",
