@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -19,6 +20,7 @@ from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.data.catalog import scan
 from svdtune.errors import Diverged, Stopped, SvdtuneError
+from svdtune.model.source import part_weights
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
 from svdtune.trainer.loop import run_loop
@@ -91,13 +93,14 @@ def _export(session: Session) -> None:
     assert checkpoint is not None, "a run that ends has saved its last step"
     name = public_name(model.pretrained, source) or source.name
     kind = "lora" if session.config.adapt.method == "lora" else "pipeline"
+    dtypes = {form.dtype for form in part_weights(source, "unet", model.variant).forms.values()}
     with inference(session):
         export_run(
             session.folder.export,
             base=Base(name, source, model.variant, widened=session.model.widening is not None),
             unet=session.model.unet,
             lora=kind == "lora",
-            half=model.variant == "fp16",
+            half=torch.float16 in dtypes,
             beside=partial(
                 write_beside, checkpoint=checkpoint, source=source, kind=kind, name=session.folder.export.name
             ),
