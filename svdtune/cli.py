@@ -76,9 +76,9 @@ Examples:
 _CONVERT_EXAMPLES = """\b
 Examples:
   svdtune convert svd_xt.safetensors svd-xt/                     the original's single file to a diffusers folder
-  svdtune convert svd-xt/ svd_xt.safetensors --dtype fp16        and back: for ComfyUI and the original code
+  svdtune convert svd-xt/ svd_xt.safetensors --dtype fp16        and back: for ComfyUI
   svdtune convert runs/x x.safetensors                           a LoRA run: a LoRA with ComfyUI's names; others: the whole model
-  svdtune convert runs/x x.safetensors --into svd_xt.safetensors only what was trained is replaced, every other byte is kept
+  svdtune convert runs/x x.safetensors --into svd_xt.safetensors for the original code too: all but the trained is kept
   svdtune convert runs/x merged/ --merge                         a LoRA in the weights of its base
   svdtune convert lora.safetensors adapter/ --base svd-xt/       a LoRA file to peft's folder
 """

@@ -212,7 +212,7 @@ def _cast(part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[
         if not bool(cast[name].isfinite().all()):
             raise CheckpointError(
                 f"export of {part}: {name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
-                f"(largest magnitude {float(tensor.abs().max()):.3g}). Export in float32 (model.variant=null), "
+                f"(largest magnitude {float(tensor.abs().max()):.3g}). Start from weights in float32, "
                 "or sample from an earlier checkpoint if the run diverged."
             )
     return cast

@@ -111,6 +111,12 @@ def layers_of(
         raise ModelError(f"{path}: expected pairs of LoRA matrices, got: {what}. Take the file again.")
     alpha = _alpha_of(settings)
     layers = {layer: _adapted(path, layer, parts, alpha) for layer, parts in sorted(found.items())}
+    plain = [name for name, layer in layers.items() if layer.magnitude is None]
+    if 0 < len(plain) < len(layers):
+        raise ModelError(
+            f"{path}: {len(plain)} of its {len(layers)} layers are plain LoRA ({plain[0]}, ...), the others DoRA. No program reads the "
+            "mixture; take the file again."
+        )
     for name, layer in layers.items():
         _require_fits(path, name, layer, shapes[name])
     return layers

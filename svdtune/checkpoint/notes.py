@@ -13,6 +13,7 @@ from svdtune.checkpoint.manifest import Manifest
 from svdtune.checkpoint.training import public_name
 from svdtune.model.headers import read_header
 from svdtune.model.single_file import NOTES, notes_of
+from svdtune.model.source import fp16_hash, weights_hash
 
 FILE = "svdtune.json"
 
@@ -26,12 +27,22 @@ def make_notes(manifest: Manifest, source: Path) -> dict[str, Any]:
     base = dict(conventions.get("base", {}))
     if pretrained := base.get("pretrained"):
         base["pretrained"] = public_name(pretrained, source) or Path(pretrained).name
+        base["unet_fp16_sha256"] = fp16_hash(source, "unet", base.get("variant"))
     return {
         "svdtune": __version__,
         "conventions": {**conventions, "base": base},
         "step": manifest.step,
         "weights": manifest.files[manifest.trained_file].sha256,
     }
+
+
+def trained_on(notes: Mapping[str, Any], source: Path, variant: str | None) -> bool:
+    """Whether a result with these notes was trained on the UNet in `source`, in its dtype or in another one of its release."""
+    base = notes.get("conventions", {}).get("base", {})
+    known = {base.get("unet_sha256"), base.get("unet_fp16_sha256")} - {None}
+    if not known or weights_hash(source, "unet", variant) in known:
+        return True
+    return fp16_hash(source, "unet", variant) in known
 
 
 def notes_in_folder(folder: Path) -> dict[str, Any]:

@@ -100,9 +100,8 @@ def training_of_run(run: Path, checkpoint: Path, *, source: Path | None = None) 
 
 
 def card_images(run: Path) -> list[Path]:
-    """The pictures of a run that a card shows: the contact sheet, and the newest sheet among its samples."""
-    sheets = sorted((run / "samples").glob("**/*sheet*.png"), key=lambda path: (path.stat().st_mtime, path))
-    return [path for path in (run / "contact_sheet.png", *sheets[-1:]) if path.is_file()]
+    """The pictures of a run that a card shows. What a person sampled is theirs to publish or not."""
+    return [path for path in (run / "contact_sheet.png",) if path.is_file()]
 
 
 def is_inside(name: str) -> bool:

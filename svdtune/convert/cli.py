@@ -26,6 +26,8 @@ from svdtune.convert.progress import Progress
 from svdtune.convert.sources import Adapter, Whole, merged, open_source
 from svdtune.errors import CheckpointError, ModelError, UsageError
 from svdtune.model.facts import FILES, STEMS
+from svdtune.model.headers import read_header
+from svdtune.model.original import PREFIXES
 from svdtune.model.weights import Weights, cast, cast_each, in_memory, original_weights
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -77,7 +79,7 @@ def _write_file(whole: Whole, source: str, destination: Path) -> list[str]:
         progress.say("reading it back")
         verify.same_tensors(partial, weights, progress.told)
         verify.same_forward(forward, partial)
-    return [f"{destination}: {_described(weights)}, original names, read back equal, forward equal"]
+    return [f"{destination}: {_described(weights)}, original names, read back equal, forward equal{_left_out(whole)}"]
 
 
 def _write_into(whole: Whole, base: Path, destination: Path) -> list[str]:
@@ -109,7 +111,7 @@ def _write_folder(whole: Whole, source: str, destination: Path) -> list[str]:
             verify.same_tensors(partial / part / f"{STEMS[part]}{_ENDING}", weights, progress.told)
         verify.same_forward(forward, partial)
     counts = sum(len(weights.forms) for weights in whole.parts.values())
-    return [f"{destination}: diffusers folder, {counts} tensors, read back equal, forward equal"]
+    return [f"{destination}: diffusers folder, {counts} tensors, read back equal, forward equal{_left_out(whole)}"]
 
 
 def _write_adapter(adapter: Adapter, destination: Path, dtype: torch.dtype | None, *, as_file: bool) -> list[str]:
@@ -167,6 +169,18 @@ def _dtypes(whole: Whole, part: str) -> dict[str, torch.dtype]:
 def _jsons(whole: Whole) -> dict[str, dict[str, Any]]:
     """Results are published: where somebody's disk had a part is left out."""
     return {part: published(getattr(whole.configs, part)) for part in FILES}
+
+
+def _left_out(whole: Whole) -> str:
+    """What a release's file holds beside the three networks: the original's code reads its second encoder."""
+    if not whole.configs.source.is_file():
+        return ""
+    beside = [
+        name for name in read_header(whole.configs.source).tensors if not name.startswith(tuple(PREFIXES.values()))
+    ]
+    if not beside:
+        return ""
+    return f"; left out: {len(beside)} tensors beside the model ({beside[0]}, ...), which --into keeps"
 
 
 def _described(weights: Weights) -> str:

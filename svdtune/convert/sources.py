@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from svdtune.checkpoint.export import BRIDGE, VISUAL, fold_bridge
+from svdtune.checkpoint.files import load_json
 from svdtune.checkpoint.lora import Lora, layers_of, merge_lora, put_lora, read_lora
-from svdtune.checkpoint.notes import make_notes, notes_in_file, notes_in_folder
+from svdtune.checkpoint.notes import make_notes, notes_in_file, notes_in_folder, trained_on
 from svdtune.checkpoint.store import verify
 from svdtune.checkpoint.tensors import load_tensors
-from svdtune.config.schema import Model
-from svdtune.errors import ModelError, UsageError
+from svdtune.errors import CheckpointError, ModelError, UsageError
 from svdtune.model.facts import HARMLESS, PACKAGE, SHIPPED, ModelConfigs
 from svdtune.model.family import recognise
 from svdtune.model.files import PICKLES, find_weights
@@ -28,11 +28,11 @@ from svdtune.model.source import (
     model_source,
     part_weights,
     read_configs,
-    rounded_hashes,
     weights_hash,
 )
 from svdtune.model.weights import Weights, in_memory, laid_over
 from svdtune.sample.run import Checkpoint, find_checkpoint, is_run, open_checkpoint, require_own_base
+from svdtune.sample.sources import choose_model
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_source(source: str, *, base: str | None, checkpoint: str | None, into: 
     adapter = (path / "adapter_config.json").is_file()
     if adapter or (path.is_file() and recognise(_shapes(path)).name == "LoRA"):
         notes = notes_in_folder(path) if adapter else notes_in_file(path)
-        found = _base(base, notes) or (Base(str(into), into, None) if into else None)
+        found = _base(base, notes, path) or (Base(str(into), into, None) if into else None)
         unet = read_configs(found.source).unet if found else _shipped_unet(notes)
         try:
             return Adapter(read_lora(path, unet), unet, found)
@@ -176,15 +176,25 @@ def _bridged(configs: ModelConfigs, tower: Weights, projection: torch.Tensor) ->
     return replace(configs, image_encoder=clip), laid_over(tower, {VISUAL: visual})
 
 
-def _base(named: str | None, notes: Mapping[str, Any]) -> Base | None:
-    """The base that was named, or the one in the LoRA's notes where it is on this machine."""
+def _base(named: str | None, notes: Mapping[str, Any], path: Path) -> Base | None:
+    """The base that was named, or the one in the LoRA's notes or peft's settings where it is on this machine."""
     if named is not None:
         return _at(named)
     noted = notes.get("conventions", {}).get("base", {})
-    pretrained = noted.get("pretrained")
-    if pretrained is None or not (pretrained == "tiny" or _is_model(Path(pretrained))):
+    pretrained = noted.get("pretrained") or _in_settings(path / "adapter_config.json")
+    if not isinstance(pretrained, str) or not (pretrained == "tiny" or _is_model(Path(pretrained))):
         return None
-    return Base(pretrained, _here(pretrained), noted.get("variant"))
+    if "variant" not in noted:
+        return _at(pretrained)
+    return Base(pretrained, _here(pretrained), noted["variant"])
+
+
+def _in_settings(path: Path) -> object:
+    """The base that peft's adapter_config.json names, if it can be read; reading the adapter says what is wrong with it."""
+    try:
+        return load_json(path).get("base_model_name_or_path")
+    except (CheckpointError, OSError, AttributeError):
+        return None
 
 
 def _at(source: str) -> Base:
@@ -198,13 +208,11 @@ def _at(source: str) -> Base:
         )
     if source != "tiny" and path.is_dir() and not (path / "unet").is_dir():
         raise ModelError(_no_model(path))
-    here = local_source(source)
-    if here is None:
-        try:
-            return Base(source, model_source(Model(pretrained=source)), "fp16")
-        except ModelError as error:
-            raise ModelError(str(error).replace("model.pretrained", source, 1)) from error
-    return Base(source, here, _variant(here))
+    try:
+        model = choose_model(source, {})
+        return Base(source, model_source(model), model.variant)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.pretrained", source, 1)) from error
 
 
 def _no_model(path: Path) -> str:
@@ -221,11 +229,6 @@ def _here(pretrained: str) -> Path:
     found = local_source(pretrained)
     assert found is not None
     return found
-
-
-def _variant(folder: Path) -> str | None:
-    found = find_weights(folder / "unet", "unet", None)
-    return None if folder.is_file() or found.plain or not found.variants else found.variants[0]
 
 
 def _is_model(path: Path) -> bool:
@@ -271,8 +274,8 @@ def _require_own_base(adapter: Adapter, base: Base) -> None:
     expected = noted.get("unet_sha256")
     if expected is None or adapter.checkpoint is not None:
         return
-    got = weights_hash(base.source, "unet", base.variant)
-    if got != expected and expected not in rounded_hashes(base.source, "unet", base.variant):
+    if not trained_on(adapter.lora.notes, base.source, base.variant):
+        got = weights_hash(base.source, "unet", base.variant)
         raise ModelError(
             f"{adapter.lora.path}: this LoRA was trained on {noted.get('pretrained')} (UNet {expected[:16]}…), the base "
             f"{base.name} has the UNet {got[:16]}…. A LoRA acts only on its own base: give that one with --base."

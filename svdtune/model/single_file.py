@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class SingleFile:
     family: Family
     configs: ModelConfigs
     notes: Mapping[str, Any]
-    """What svdtune wrote into the file: `conventions` of the training, `base`. Empty for other writers."""
+    """What svdtune wrote into the file: configs, the conventions of a training. Empty for other writers."""
 
     @property
     def path(self) -> Path:
@@ -111,4 +112,4 @@ def _derived(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dic
 
 def _frames(path: Path) -> int:
     """Frames the model was made for. The file's name alone says it, and it only sets defaults of sampling."""
-    return 25 if "xt" in path.stem.lower() else 14
+    return 25 if re.search(r"(?<![a-z])(svd)?xt(?![a-z])", path.stem.lower()) else 14

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,18 +83,17 @@ def weights_hash(source: Path, part: str, variant: str | None) -> str:
     return digest.hexdigest()
 
 
-def rounded_hashes(source: Path, part: str, variant: str | None) -> Iterator[str]:
-    """`weights_hash` of the part in fewer bits: the fp16 release of a UNet is its fp32 release in fp16."""
+def fp16_hash(source: Path, part: str, variant: str | None) -> str:
+    """`weights_hash` of the part in float16: the releases of one UNet in fp32 and in fp16 have it in common."""
     import torch
 
     weights = part_weights(source, part, variant)
-    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
-        digest = hashlib.sha256()
-        for key in sorted(weights.forms):
-            tensor = weights.read(key).to(dtype)
-            digest.update(f"{key} {name} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        yield digest.hexdigest()
+    digest = hashlib.sha256()
+    for name in sorted(weights.forms):
+        tensor = weights.read(name).half()
+        digest.update(f"{name} F16 {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _stored(source: Path, part: str, variant: str | None) -> dict[str, tuple[Path, Entry]]:

@@ -10,14 +10,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from svdtune.checkpoint.notes import notes_in_file, notes_in_folder
+from svdtune.checkpoint.notes import notes_in_file, notes_in_folder, trained_on
 from svdtune.errors import ModelError, UsageError
 from svdtune.model.facts import FILES
 from svdtune.model.family import recognise
 from svdtune.model.files import PICKLES
 from svdtune.model.headers import read_header
 from svdtune.model.single_file import what_it_is
-from svdtune.model.source import rounded_hashes
 from svdtune.sample.run import is_run
 from svdtune.sample.subject import Subject, lora_file
 
@@ -82,7 +81,7 @@ def _require_own_base(subject: Subject, path: Path, noted: Mapping[str, Any]) ->
     if not isinstance(expected, str) or expected == mapping(subject.conventions, "base").get("unet_sha256"):
         return
     base, got = subject.base, subject.base.unet_sha256
-    if got != expected and expected not in rounded_hashes(base.configs.source, "unet", base.model.variant):
+    if not trained_on({"conventions": {"base": noted}}, base.configs.source, base.model.variant):
         raise ModelError(
             f"--lora: LoRA of another base: {path} was trained on {noted.get('pretrained')} (variant {noted.get('variant')}), whose "
             f"UNet has sha256 {expected[:16]}…; the UNet of {subject.source} (variant {subject.base.model.variant}) has {got[:16]}…. "

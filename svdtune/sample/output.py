@@ -119,8 +119,8 @@ def comment(shot: Shot, image: Path, seed: int, *origins: dict[str, Any]) -> str
 def _default(source: Path) -> Path:
     if source.is_dir() and is_run(source):
         return source / "samples"
-    if (source / MANIFEST).is_file() and is_run(source.resolve().parent.parent):
-        return source.parent.parent / "samples"
+    if (source / MANIFEST).is_file() and is_run(source.resolve().parents[1]):
+        return source.resolve().parents[1] / "samples"
     return Path("samples")
 
 

@@ -57,6 +57,7 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The configuration and manifest in `folder`."""
+    folder = folder.resolve()  # its run is found above it
     return Checkpoint(folder, load_config(folder / "config.yaml"), read_manifest(folder))
 
 
@@ -149,6 +150,8 @@ def no_checkpoint(run: Path) -> str:
     """What is said of a folder without checkpoints."""
     if not (run / "checkpoints").is_dir() and not (run / "config.yaml").is_file():
         return f"{run} is not a run: it has neither checkpoints/ nor config.yaml. Give the folder that `svdtune train` made."
+    if (run / "export").is_dir():
+        return f"run {run} has no checkpoint any more, but its result: give {run / 'export'}."
     return (
         f"run {run} has no checkpoint yet. One is saved every checkpoint.interval steps and at the last step; "
         "wait for it, or start the training again to go on."

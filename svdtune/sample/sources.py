@@ -99,14 +99,14 @@ def _of_model(choice: Choice) -> Subject:
         elif not _may_be_hub_id(path):
             raise UsageError(_no_source(path))
     noted = mapping(conventions_in(choice.lora), "base") if choice.lora else {}
-    model = _model(source, noted)
+    model = choose_model(source, noted)
     configs = read_configs(model_source(model))
     notes = notes_in_file(configs.source) if configs.source.is_file() else notes_in_folder(configs.source)
     name = short_name(path) if path.exists() else source
     return Subject(name, name, Base(model, configs), mapping(notes, "conventions"))
 
 
-def _model(source: str, noted: Mapping[str, Any]) -> Model:
+def choose_model(source: str, noted: Mapping[str, Any]) -> Model:
     """Which weight files: those that the LoRA was trained on, else the plain ones, else the only variant there is."""
     here = local_source(source)
     if here is None:

@@ -176,7 +176,7 @@ def conventions(config: Config, model: ModelParts) -> dict[str, Any]:
     return {
         "base": {
             "pretrained": config.model.pretrained,
-            "variant": config.model.variant,
+            "variant": None if model.configs.source.is_file() else config.model.variant,
             "revision": config.model.revision,
             "unet_sha256": weights_hash(model.configs.source, "unet", config.model.variant),
         },

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.export import Base, export_run
-from svdtune.checkpoint.store import find_latest
+from svdtune.checkpoint.store import folder_name
 from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
@@ -62,12 +62,12 @@ def _run(session: Session, position: Position, resolved: str, wish: StopWish, wa
     if trains:
         watch.before(session, position)
         tracking.start(session, resolved)
-        run_loop(session, position, resolved, wish, watch)
+        position = run_loop(session, position, resolved, wish, watch)
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     if main:
         if trains or not folder.export.exists():
-            _export(session)
+            _export(session, position)
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
@@ -87,10 +87,9 @@ def _scan(config: Config, folder: RunFolder, *, main: bool):
     return catalog
 
 
-def _export(session: Session) -> None:
+def _export(session: Session, position: Position) -> None:
     model, source = session.config.model, session.model.configs.source
-    checkpoint = find_latest(session.folder.checkpoints).folder
-    assert checkpoint is not None, "a run that ends has saved its last step"
+    checkpoint = session.folder.checkpoints / folder_name(position.step)
     name = public_name(model.pretrained, source) or source.name
     kind = "lora" if session.config.adapt.method == "lora" else "pipeline"
     dtypes = {form.dtype for form in part_weights(source, "unet", model.variant).forms.values()}

@@ -166,7 +166,7 @@ def test_folders_that_are_no_model(tmp_path, folder, own, refused):
     )
     (source / "vae/diffusion_pytorch_model.safetensors").rename(source / "vae/diffusion_pytorch_model.bin")
     text = refused(ModelError, source)
-    assert text.startswith(f"{source}/vae: no *.safetensors ")
+    assert text.startswith(f"{source}: no weights that all three networks have, got ")
     assert "svdtune reads safetensors only" in text
     (source / "unet/config.json").unlink()
     assert f"{source}/unet/config.json is missing" in refused(ModelError, source)

@@ -37,12 +37,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from svdtune.checkpoint.lora import Adapted, Lora, comfy_tensors, peft_files, put_lora, read_lora
+from svdtune.checkpoint.notes import notes_in_file
 from svdtune.convert.cli import convert
 from svdtune.errors import CheckpointError, ModelError, UsageError
 from svdtune.model.adapt import lora_modules
 from svdtune.model.facts import PACKAGE, SHIPPED
 from svdtune.model.original import rename, rules
-from svdtune.model.source import read_configs
+from svdtune.model.source import read_configs, weights_hash
 from svdtune.sample.run import open_checkpoint, trained_model
 
 XT = read_configs(SHIPPED["stabilityai/stable-video-diffusion-img2vid-xt"]).unet
@@ -310,6 +311,34 @@ def test_dora_has_no_comfyui_file(tmp_path, runs):
         "different there. Add --merge to write the whole model with the DoRA in its weights."
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mixture_of_dora_and_lora_is_refused(tmp_path, runs, folder):
+    convert(str(runs["dora"]), tmp_path / "one")
+    path = tmp_path / "one/adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if name.endswith("lora_magnitude_vector"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of its \d+ layers are plain LoRA \(.*the others DoRA"):
+        convert(str(tmp_path / "one"), tmp_path / "two.safetensors", base=str(folder), merge=True)
+
+
+def test_a_lora_of_the_fp32_release_merges_into_the_fp16_one(tmp_path, runs, folders):
+    """Its notes know the base in half the bits too; another model is still refused."""
+    convert(str(runs["lora"]), tmp_path / "lora.safetensors")
+    convert(str(tmp_path / "lora.safetensors"), tmp_path / "merged", base=str(folders["fp16"]), merge=True)
+    notes = notes_in_file(tmp_path / "lora.safetensors")["conventions"]["base"]
+    assert notes["unet_fp16_sha256"] == weights_hash(folders["fp16"], "unet", None)
+    assert notes["unet_sha256"] == weights_hash(folders["fp32"], "unet", None)
+
+
+def test_peft_settings_name_the_base_where_notes_do_not(tmp_path, runs, folder):
+    convert(str(runs["lora"]), tmp_path / "adapter")
+    (tmp_path / "adapter/svdtune.json").unlink()
+    settings = tmp_path / "adapter/adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": str(folder)}))
+    convert(str(tmp_path / "adapter"), tmp_path / "merged", merge=True)
+    assert (tmp_path / "merged/unet").is_dir()
 
 
 # Files of other writers.

@@ -30,6 +30,7 @@ from diffusers import StableVideoDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from svdtune.convert.cli import convert
+from svdtune.errors import UsageError
 from svdtune.model.facts import FILES
 from svdtune.model.original import PREFIXES
 from svdtune.model.weights import cast, in_memory
@@ -94,8 +95,11 @@ def test_what_a_release_holds_beside_the_model_is_left_out(tmp_path, folder):
         "model_ema.decay": torch.tensor(0.5),
         "conditioner.embedders.3.encoder.encoder.conv_in.bias": torch.ones(3),
     }
-    convert(str(make_file(tmp_path / "a.safetensors", folder, changed=beside)), tmp_path / "b.safetensors")
+    told = convert(str(make_file(tmp_path / "a.safetensors", folder, changed=beside)), tmp_path / "b.safetensors")
     assert differing(load_file(tmp_path / "b.safetensors"), originals(folder)) == set()
+    assert told[0].endswith(
+        "; left out: 2 tensors beside the model (conditioner.embedders.3.encoder.encoder.conv_in.bias, ...), which --into keeps"
+    )
 
 
 @pytest.mark.parametrize("dtype", MODEL_DTYPES)
@@ -334,3 +338,23 @@ def test_nothing_that_is_published_says_where_the_base_lies(tmp_path, folder, fi
         convert(str(source), tmp_path / name, **options)
         assert str(tmp_path) not in everything_said(tmp_path / name), name
         assert str(base) not in everything_said(tmp_path / name), name
+
+
+def test_a_checkpoint_by_a_relative_path_or_a_link_is_that_of_its_run(tmp_path, runs, monkeypatch):
+    checkpoint = runs["full"] / "checkpoints/step-00000002"
+    (tmp_path / "link").symlink_to(checkpoint)
+    convert(str(tmp_path / "link"), tmp_path / "one")
+    monkeypatch.chdir(checkpoint.parent)
+    convert(checkpoint.name, tmp_path / "two")
+    assert differing(folder_tensors(tmp_path / "one"), folder_tensors(tmp_path / "two")) == set()
+    assert (tmp_path / "two/README.md").is_file()
+
+
+def test_a_run_of_which_only_the_export_is_left(tmp_path, runs):
+    run = tmp_path / "run"
+    shutil.copytree(runs["full"], run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    (run / "export").mkdir(exist_ok=True)
+    with pytest.raises(UsageError, match=rf"run {run} has no checkpoint any more, but its result: give {run}/export\."):
+        convert(str(run), tmp_path / "made")

@@ -240,7 +240,16 @@ def test_a_file_without_notes_is_built_from_its_shapes(plain, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "frames"), [("svd_xt", 25), ("SVD-XT-1-1", 25), ("svdXT.fp16", 25), ("svd", 14), ("mine", 14)]
+    ("name", "frames"),
+    [
+        ("svd_xt", 25),
+        ("SVD-XT-1-1", 25),
+        ("svdXT.fp16", 25),
+        ("svd", 14),
+        ("mine", 14),
+        ("next-svd", 14),
+        ("textured", 14),
+    ],
 )
 def test_the_name_says_for_how_many_frames_it_was_made(plain, tmp_path, name, frames):
     path = tmp_path / f"{name}.safetensors"
