@@ -13,7 +13,7 @@ from svdtune.checkpoint.manifest import Manifest
 from svdtune.checkpoint.training import public_name
 from svdtune.model.headers import read_header
 from svdtune.model.single_file import NOTES, notes_of
-from svdtune.model.source import fp16_hash, weights_hash
+from svdtune.model.source import fp16_hash
 
 FILE = "svdtune.json"
 
@@ -36,13 +36,10 @@ def make_notes(manifest: Manifest, source: Path) -> dict[str, Any]:
     }
 
 
-def trained_on(notes: Mapping[str, Any], source: Path, variant: str | None) -> bool:
-    """Whether a result with these notes was trained on the UNet in `source`, in its dtype or in another one of its release."""
-    base = notes.get("conventions", {}).get("base", {})
+def trained_on(base: Mapping[str, Any], got: str, source: Path, variant: str | None) -> bool:
+    """Whether the noted `base` is the UNet in `source`, whose `weights_hash` is `got`, or that in another dtype of its release."""
     known = {base.get("unet_sha256"), base.get("unet_fp16_sha256")} - {None}
-    if not known or weights_hash(source, "unet", variant) in known:
-        return True
-    return fp16_hash(source, "unet", variant) in known
+    return not known or got in known or fp16_hash(source, "unet", variant) in known
 
 
 def notes_in_folder(folder: Path) -> dict[str, Any]:

@@ -274,8 +274,8 @@ def _require_own_base(adapter: Adapter, base: Base) -> None:
     expected = noted.get("unet_sha256")
     if expected is None or adapter.checkpoint is not None:
         return
-    if not trained_on(adapter.lora.notes, base.source, base.variant):
-        got = weights_hash(base.source, "unet", base.variant)
+    got = weights_hash(base.source, "unet", base.variant)
+    if not trained_on(noted, got, base.source, base.variant):
         raise ModelError(
             f"{adapter.lora.path}: this LoRA was trained on {noted.get('pretrained')} (UNet {expected[:16]}…), the base "
             f"{base.name} has the UNet {got[:16]}…. A LoRA acts only on its own base: give that one with --base."

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
@@ -128,10 +126,9 @@ def load_unet(model: Model, configs: ModelConfigs, seed: int) -> tuple[Any, Wide
     widening = _plan(configs, model.variant)
     if widening is None:
         return load_part(configs, "unet", model.variant), None
-    paths = weight_files(configs.source, "unet", model.variant)
-    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    tensors = dict(part_weights(configs.source, "unet", model.variant).items())
     with torch.device("meta"):
-        unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
+        unet = build_part("unet", configs.unet)
     unet.load_state_dict(apply_widening(widening, tensors, seed=seed), strict=True, assign=True)
     return unet.requires_grad_(False).eval(), widening
 
@@ -145,14 +142,13 @@ _CAN_WIDEN = (
 def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
     """From the files' headers; None where nothing needs to be widened, or nothing safe is known."""
     with torch.device("meta"):
-        unet: Any = UNetSpatioTemporalConditionModel.from_config(dict(configs.unet))
-    got: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(configs.source, "unet", variant):
-        try:
-            with safe_open(path, framework="pt") as file:
-                got |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None  # strict loading says what is wrong with the file
+        unet = build_part("unet", configs.unet)
+    weight_files(configs.source, "unet", variant)
+    try:
+        weights = part_weights(configs.source, "unet", variant)
+    except ModelError:
+        return None  # strict loading says what is wrong with the file
+    got = {name: form.shape for name, form in weights.forms.items()}
     return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 
 

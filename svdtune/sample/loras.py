@@ -81,7 +81,7 @@ def _require_own_base(subject: Subject, path: Path, noted: Mapping[str, Any]) ->
     if not isinstance(expected, str) or expected == mapping(subject.conventions, "base").get("unet_sha256"):
         return
     base, got = subject.base, subject.base.unet_sha256
-    if not trained_on({"conventions": {"base": noted}}, base.configs.source, base.model.variant):
+    if not trained_on(noted, got, base.configs.source, base.model.variant):
         raise ModelError(
             f"--lora: LoRA of another base: {path} was trained on {noted.get('pretrained')} (variant {noted.get('variant')}), whose "
             f"UNet has sha256 {expected[:16]}…; the UNet of {subject.source} (variant {subject.base.model.variant}) has {got[:16]}…. "
