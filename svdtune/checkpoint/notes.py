@@ -38,8 +38,8 @@ def make_notes(manifest: Manifest, source: Path) -> dict[str, Any]:
 
 def trained_on(base: Mapping[str, Any], got: str, source: Path, variant: str | None) -> bool:
     """Whether the noted `base` is the UNet in `source`, whose `weights_hash` is `got`, or that in another dtype of its release."""
-    known = {base.get("unet_sha256"), base.get("unet_fp16_sha256")} - {None}
-    return not known or got in known or fp16_hash(source, "unet", variant) in known
+    known = {base.get("unet_sha256"), base.get("unet_fp16_sha256")}
+    return got in known or fp16_hash(source, "unet", variant) in known
 
 
 def notes_in_folder(folder: Path) -> dict[str, Any]:

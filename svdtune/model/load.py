@@ -143,11 +143,10 @@ def _plan(configs: ModelConfigs, variant: str | None) -> Widening | None:
     """From the files' headers; None where nothing needs to be widened, or nothing safe is known."""
     with torch.device("meta"):
         unet = build_part("unet", configs.unet)
-    weight_files(configs.source, "unet", variant)
     try:
         weights = part_weights(configs.source, "unet", variant)
     except ModelError:
-        return None  # strict loading says what is wrong with the file
+        return None  # strict loading says what is wrong with the files
     got = {name: form.shape for name, form in weights.forms.items()}
     return plan_widening({name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}, got)
 
