@@ -94,7 +94,7 @@ def bf16_gradients(attention, device):
     """Loss and gradients of one step of the tiny base in bf16; draws and clip are fixed."""
     config = load_config(REPO / "configs/tiny.yaml", ["train.precision=bf16", f"memory.attention={attention}"])
     model = load_model(config.model)
-    trained = prepare_networks(model, config, recompute=False)
+    trained = prepare_networks(model, config, on_accelerator=False)
     if attention == "xformers":
         _use_xformers(model)
     for network in (model.unet, model.vae, model.image_encoder):
