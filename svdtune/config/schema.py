@@ -216,8 +216,10 @@ class Train:
 class Memory:
     """What is given up to fit."""
 
-    checkpointing: Literal["auto", "diffusers", "none"] = "auto"
-    """Recompute UNet activations in the backward pass. auto: diffusers' gradient checkpointing on an accelerator, none on a CPU."""
+    checkpointing: Literal["auto", "none", "level0", "units", "nested", "diffusers"] = "auto"
+    """Which UNet activations are recomputed in the backward pass. level0: ResNets and transformers of the highest resolution;
+    units: of all levels; nested: these and the blocks inside them, which needs least; diffusers: its own flag, for comparison: it
+    leaves the temporal blocks out. auto: units on an accelerator, none on a CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention of the UNet. sdpa: torch's own. xformers: needs the package and an NVIDIA GPU."""
     vae_chunk: int = 4

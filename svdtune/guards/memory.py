@@ -169,8 +169,11 @@ def _bytes_of(folder: Path) -> int:
 def smaller(config: Config) -> tuple[str, tuple[str, ...]]:
     """The first change that keeps what is learned."""
     train = config.train
-    if config.memory.checkpointing == "none":
-        return "Recompute activations in the backward pass (memory.checkpointing).", ("memory.checkpointing=diffusers",)
+    if config.memory.checkpointing != "nested":
+        more = "units" if config.memory.checkpointing == "none" else "nested"
+        return "Recompute more activations in the backward pass (memory.checkpointing).", (
+            f"memory.checkpointing={more}",
+        )
     if train.batch_size > 1:
         steps = train.accumulation * train.batch_size
         return (

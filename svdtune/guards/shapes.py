@@ -29,6 +29,7 @@ from svdtune.guards.told import plain, told, told_arguments
 from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
+from svdtune.model.recompute import kept
 from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.step import Parts, train_step
@@ -83,7 +84,7 @@ def stage(config: Config, model: ModelParts) -> Iterator[Built]:
     """Everything `trainer/build.py` makes that the step needs, from the meta `model` to fake tensors."""
     dtype = DTYPES[config.train.precision]
     named = expected_trained(model.unet, config.adapt.method)
-    trained = prepare_networks(model, config, recompute=True)
+    trained = prepare_networks(model, config, on_accelerator=True)
     own = dict(model.unet.named_parameters())
     copies = tuple(name for name, parameter in trained.items() if own.get(name) is not parameter)
     with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
@@ -140,8 +141,8 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
     needed = estimate(config, networks, built.trained.values(), storages.peak)
     # Recomputing the blocks again would show nothing new and take a quarter of the time.
-    built.parts.unet.disable_gradient_checkpointing()
-    return Rehearsal([*findings, *_hidden(built)], needed)
+    with kept(built.parts.unet):
+        return Rehearsal([*findings, *_hidden(built)], needed)
 
 
 def _hidden(built: Built) -> list[Finding]:

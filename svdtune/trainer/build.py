@@ -22,6 +22,7 @@ from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, cores, foreign_engine, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model
+from svdtune.model.recompute import recompute
 from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
@@ -99,7 +100,7 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
     model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
-    trained = prepare_networks(model, config, recompute=accelerator.device.type != "cpu")
+    trained = prepare_networks(model, config, on_accelerator=accelerator.device.type != "cpu")
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
         if accelerator.is_main_process:
@@ -150,15 +151,15 @@ def _use_xformers(model: ModelParts) -> None:
         ) from error
 
 
-def prepare_networks(model: ModelParts, config: Config, *, recompute: bool) -> dict[str, nn.Parameter]:
+def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:
     """Adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
 
-    `recompute` is what memory.checkpointing=auto means here: true on an accelerator.
+    `on_accelerator` decides what memory.checkpointing=auto means.
     """
     dtype = DTYPES[config.train.precision]
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
-    if config.memory.checkpointing == "diffusers" or (config.memory.checkpointing == "auto" and recompute):
-        model.unet.enable_gradient_checkpointing()
+    policy = config.memory.checkpointing
+    recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
     model.unet.train()
     model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return trained

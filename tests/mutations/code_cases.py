@@ -31,11 +31,12 @@ def _code(
 def _function(target: str) -> Any:
     from svdtune.data import clips, loader, transform
     from svdtune.diffusion import conditioning, draws, edm
-    from svdtune.model import adapt
+    from svdtune.model import adapt, recompute
     from svdtune.trainer import build, optimizer, step
 
     modules = {"conditioning": conditioning, "edm": edm, "draws": draws, "step": step, "adapt": adapt, "build": build,
-               "loader": loader, "transform": transform, "optimizer": optimizer, "clips": clips}  # fmt: skip
+               "loader": loader, "transform": transform, "optimizer": optimizer, "clips": clips,
+               "recompute": recompute}  # fmt: skip
     module, _, name = target.partition(".")
     return getattr(modules[module], name)
 
@@ -288,7 +289,7 @@ _REENTRANT = "__import__('functools').partial(torch.utils.checkpoint.checkpoint,
 
 INPUTS = [
     _code("CLIP's picture size doubled", "shape", "F10", "build.clip_pixels", ("model.facts.clip_size", "2 * model.facts.clip_size")),
-    _code("reentrant checkpointing with frozen inputs", "silent", "J15", "build.prepare_networks",
+    _code("reentrant checkpointing with frozen inputs", "silent", "J15", "recompute.recompute",
           ("enable_gradient_checkpointing()", f"enable_gradient_checkpointing({_REENTRANT})"),
           overrides=("memory.checkpointing=diffusers", "adapt.method=lora"), topic=("SHP", "SEM", "NUM", "DST")),
     _code("noise drawn with the batch axis inside", "shape", "I11", "draws.make_draws",

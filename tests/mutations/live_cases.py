@@ -22,11 +22,11 @@ def _function(target: str) -> Any:
     from svdtune.checkpoint import state, tensors
     from svdtune.data import clips, dataset, loader, readers, transform
     from svdtune.diffusion import conditioning, draws, edm
-    from svdtune.model import adapt
+    from svdtune.model import adapt, recompute
     from svdtune.trainer import build, loop, optimizer, step
     from svdtune.trainer import state as trainer_state
 
-    modules = {"dataset": dataset, "trainer_state": trainer_state,
+    modules = {"dataset": dataset, "recompute": recompute, "trainer_state": trainer_state,
                "conditioning": conditioning, "edm": edm, "draws": draws, "step": step, "loader": loader, "transform": transform,
                "clips": clips, "readers": readers, "loop": loop, "optimizer": optimizer, "state": state, "adapt": adapt,
                "tensors": tensors, "build": build}  # fmt: skip
@@ -147,8 +147,8 @@ GRADIENTS = [
         "trained, lr=config.lr / 10, betas")),
     _live("frozen parameters get gradients", "own", "build.prepare_networks", ("    model.unet.train()",
         "    model.unet.train()\n    model.unet.conv_in.requires_grad_(True)")),
-    _live("recomputed reentrantly, with frozen inputs", "B07", "build.prepare_networks", ("model.unet.enable_gradient_checkpointing()",
-          "model.unet.enable_gradient_checkpointing(lambda f, *a: __import__('torch').utils.checkpoint.checkpoint(f, *a, "
+    _live("recomputed reentrantly, with frozen inputs", "B07", "recompute.recompute", ("unet.enable_gradient_checkpointing()",
+          "unet.enable_gradient_checkpointing(lambda f, *a: __import__('torch').utils.checkpoint.checkpoint(f, *a, "
           "use_reentrant=True))"),
           overrides=("memory.checkpointing=diffusers",)),
     _live("checkpoints hold rounded weights", "own", "state.save_trained", ("dict(named_parameters)",

@@ -5,6 +5,8 @@ is a copy that a GPU would wait for; on a GPU by torch's own debug mode.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from svdtune.config.load import load_config
 from svdtune.contracts import Draws, VideoBatch, move, specs
 from svdtune.model.adapt import adapt
 from svdtune.model.load import fake_model, known_configs, load_model
-from svdtune.trainer.build import clip_pixels
+from svdtune.trainer.build import _use_xformers, clip_pixels, prepare_networks
 from svdtune.trainer.step import Parts, train_step
 from tests.trainer.conftest import REPO
 
@@ -86,3 +88,33 @@ def test_the_step_does_not_synchronise_on_a_gpu():
         train_step(parts, batch, draws).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def bf16_gradients(attention, device):
+    """Loss and gradients of one step of the tiny base in bf16; draws and clip are fixed."""
+    config = load_config(REPO / "configs/tiny.yaml", ["train.precision=bf16", f"memory.attention={attention}"])
+    model = load_model(config.model)
+    trained = prepare_networks(model, config, on_accelerator=False)
+    if attention == "xformers":
+        _use_xformers(model)
+    for network in (model.unet, model.vae, model.image_encoder):
+        network.to(device)
+    parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, torch.bfloat16, 4)
+    generator = torch.Generator().manual_seed(0)
+    axes = model.facts.axes(b=2, t=8, h=64, w=96)
+    batch, draws = record(VideoBatch, axes, "cpu"), record(Draws, axes, "cpu")
+    batch = replace(batch, pixels=torch.rand(batch.pixels.shape, generator=generator) * 2 - 1)
+    draws = replace(draws, noise=torch.randn(draws.noise.shape, generator=generator))
+    loss = train_step(parts, move(batch, device), move(draws, device)).loss
+    loss.backward()
+    return float(loss.detach()), torch.cat([parameter.grad.float().flatten().cpu() for parameter in trained.values()])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("xformers"), reason="needs a GPU and xformers")
+def test_xformers_equals_sdpa_within_bf16():
+    sdpa, xformers = (bf16_gradients(attention, torch.device("cuda")) for attention in ("sdpa", "xformers"))
+    distance = (sdpa[1] - xformers[1]).norm() / sdpa[1].norm()
+    print(f"loss {sdpa[0]:.6f} and {xformers[0]:.6f}, gradients apart by {distance:.2e} of their norm")
+    assert xformers[0] == pytest.approx(sdpa[0], rel=1e-2)
+    assert not torch.equal(sdpa[1], xformers[1])  # it was another kernel
+    assert distance < 2e-2

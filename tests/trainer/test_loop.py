@@ -172,14 +172,16 @@ def test_ema_follows_and_is_what_is_sampled_and_put_back(session):
     assert made.model.unet.training
 
 
-def test_checkpointing_gives_the_same_gradients(session):
+@pytest.mark.parametrize("policy", ["diffusers", "level0", "units", "nested"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_checkpointing_gives_the_same_gradients(session, policy, method):
     def gradients(kind):
-        made = session(f"memory.checkpointing={kind}", "adapt.method=full")
+        made = session(f"memory.checkpointing={kind}", f"adapt.method={method}")
         batches = iter(loop.loader_from(made, Position()))
         loop.accumulate(made, batches)
         return {name: p.grad for name, p in made.trained.items()}
 
-    plain, checkpointed = gradients("none"), gradients("diffusers")
+    plain, checkpointed = gradients("none"), gradients(policy)
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7)
 

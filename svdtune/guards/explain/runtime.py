@@ -228,7 +228,7 @@ def memory(message: Message, numbers: Numbers) -> list[Explanation]:
             why="Activations grow with batch x frames x height x width; the VAE decodes all frames of a chunk at once.",
             fix="memory.vae_chunk=1 where the VAE fails. "
             * decoding
-            + "Fewer frames (data.num_frames), a smaller size, adapt.method=lora, memory.checkpointing=diffusers, train.batch_size=1. "
+            + "Fewer frames (data.num_frames), a smaller size, adapt.method=lora, memory.checkpointing=nested, train.batch_size=1. "
             "`svdtune preflight CONFIG` says what a step needs.",
         )
     ]

@@ -17,6 +17,7 @@ from svdtune.contracts import Draws, VideoBatch, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.learning import STEPS, of_set
+from svdtune.model.recompute import kept, recomputes
 from svdtune.trainer import loop, state
 from svdtune.trainer.build import Session
 from svdtune.trainer.run_folder import RunFolder
@@ -94,7 +95,7 @@ def _different(now: Any, before: Any) -> list[str]:
 def recomputed(session: Session, position: Position) -> list[Finding]:
     """SEM567: gradients with recomputation are those without, on two small frames."""
     unet = session.model.unet
-    if not unet.is_gradient_checkpointing:
+    if not recomputes(unet):
         return []
     batch = next(loop.loader_from(session, position))
     side = session.parts.facts.f * 2 ** (len(session.model.configs.unet["block_out_channels"]) - 1)
@@ -108,14 +109,8 @@ def recomputed(session: Session, position: Position) -> list[Finding]:
     draws = draws_for(batch, session.parts.facts, session.config)
     device = session.accelerator.device
     with_it = _norms(session, move(batch, device), move(draws, device))
-    blocks: list[Any] = [module for module in unet.modules() if getattr(module, "gradient_checkpointing", False)]
-    for block in blocks:
-        block.gradient_checkpointing = False
-    try:
+    with kept(unet):
         without = _norms(session, move(batch, device), move(draws, device))
-    finally:
-        for block in blocks:
-            block.gradient_checkpointing = True
     apart = {name: abs(with_it.get(name, 0.0) - norm) for name, norm in without.items()}
     scale = max(without.values(), default=0.0)
     wrong = [name for name, difference in apart.items() if difference > _APART * max(without[name], scale * 1e-3)]

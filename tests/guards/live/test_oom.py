@@ -30,7 +30,7 @@ def test_predicted_measured_and_the_next_setting_that_fits(small, monkeypatch):
     assert "GiB; CUDA out of memory. Tried to allocate 282.00 MiB" in found.got
     assert "documentation" not in found.got
     assert "as preflight estimated" in found.expected
-    assert found.patch in (("memory.checkpointing=diffusers",), ("train.batch_size=1", "train.accumulation=4"))
+    assert found.patch in (("memory.checkpointing=nested",), ("train.batch_size=1", "train.accumulation=4"))
     assert found.fix.startswith(f"Set {' '.join(found.patch)}: about ")
 
 

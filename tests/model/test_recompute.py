@@ -1,0 +1,107 @@
+"""Recomputation changes memory alone: outputs and gradients of the UNet in float64, what is run again, and what is named."""
+
+import pytest
+import torch
+from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.resnet import SpatioTemporalResBlock
+
+from svdtune.config.load import load_config
+from svdtune.model.load import load_model
+from svdtune.model.recompute import kept, recompute, recomputes
+from tests.trainer.conftest import REPO
+
+POLICIES = ["level0", "units", "nested", "diffusers"]
+
+
+@pytest.fixture
+def unet():
+    return (
+        load_model(load_config(REPO / "configs/tiny.yaml", []).model)
+        .unet.to(torch.float64)
+        .train()
+        .requires_grad_(True)
+    )
+
+
+def output_and_gradients(unet):
+    generator = torch.Generator().manual_seed(0)
+    channels, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
+    made = unet(
+        torch.randn(2, 3, channels, 8, 16, generator=generator, dtype=torch.float64),
+        torch.tensor([0.3, -0.7], dtype=torch.float64),
+        encoder_hidden_states=torch.randn(2, 1, width, generator=generator, dtype=torch.float64),
+        added_time_ids=torch.tensor([[7.0, 127.0, 0.02], [5.0, 90.0, 0.0]], dtype=torch.float64),
+    ).sample
+    made.square().sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
+    unet.zero_grad(set_to_none=True)
+    return made.detach(), gradients
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_but_memory_changes(unet, policy):
+    output, gradients = output_and_gradients(unet)
+    names = list(unet.state_dict())
+    recompute(unet, policy)
+    again, those = output_and_gradients(unet)
+    assert list(unet.state_dict()) == names
+    assert torch.equal(again, output)
+    assert (those - gradients).abs().max() <= 1e-12 * gradients.abs().max()
+
+
+def inner(unet, kind):
+    """Runs of the first layer norm or group norm inside each module of `kind`."""
+    norms = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, kind):
+            first = next(n for n, m in module.named_modules() if isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm))
+            norms[f"{name}.{first}"] = 0
+    for name in norms:
+        unet.get_submodule(name).register_forward_hook(lambda *_, name=name: norms.__setitem__(name, norms[name] + 1))
+    output_and_gradients(unet)
+    return norms
+
+
+@pytest.mark.parametrize("kind", [TemporalBasicTransformerBlock, SpatioTemporalResBlock])
+@pytest.mark.parametrize(("policy", "times"), [("none", {1}), ("units", {2}), ("nested", {2, 3})])
+def test_every_unit_of_every_level_is_run_again(unet, kind, policy, times):
+    recompute(unet, policy)
+    counts = inner(unet, kind)
+    assert counts
+    assert set(counts.values()) <= times
+    assert policy == "none" or min(counts.values()) >= 2
+
+
+def test_diffusers_flag_leaves_the_temporal_blocks_out(unet):
+    """Why the policies exist. When diffusers covers them this fails, and the option can go."""
+    recompute(unet, "diffusers")
+    assert set(inner(unet, TemporalBasicTransformerBlock).values()) == {1}
+
+
+def test_level0_takes_the_highest_resolution_alone(unet):
+    recompute(unet, "level0")
+    counts = inner(unet, SpatioTemporalResBlock)
+    again = {name for name, count in counts.items() if count == 2}
+    last = len(unet.up_blocks) - 1
+    assert again == {name for name in counts if name.startswith(("down_blocks.0.", f"up_blocks.{last}."))}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_kept_switches_it_off_and_on_again(unet, policy):
+    recompute(unet, policy)
+    assert recomputes(unet)
+    with kept(unet):
+        off = inner(unet, SpatioTemporalResBlock)
+    assert set(off.values()) == {1}
+    assert 2 in inner(unet, SpatioTemporalResBlock).values()
+
+
+def test_nothing_is_recomputed_without_gradients(unet):
+    recompute(unet, "nested")
+    with torch.no_grad():
+        sample = torch.zeros(1, 2, unet.config["in_channels"], 8, 8, dtype=torch.float64)
+        context = torch.zeros(1, 1, unet.config["cross_attention_dim"], dtype=torch.float64)
+        made = unet(
+            sample, 0.0, encoder_hidden_states=context, added_time_ids=torch.zeros(1, 3, dtype=torch.float64)
+        ).sample
+    assert made.grad_fn is None
