@@ -226,14 +226,12 @@ def test_band_losses_add_up(session):
         torch.tensor([1.0, 3.0, 5.0, math.nan]),
         torch.tensor([0.5, 0.7, 1.0, 100.0]),
         torch.tensor(2.0),
-        stop=False,
     )
     assert math.isnan(report.loss)
     assert report.loss_by_sigma["0-1"] == pytest.approx(2.0)
     assert report.loss_by_sigma["1-3"] == pytest.approx(5.0)
     assert math.isnan(report.loss_by_sigma["8-inf"])
     assert "3-8" not in report.loss_by_sigma
-    assert not report.stop
 
 
 def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, tmp_path, monkeypatch):
@@ -278,7 +276,7 @@ def test_a_signal_in_validation_stops_after_the_checkpoint(session, monkeypatch)
 
     def signalled(*arguments):
         validate(*arguments)
-        wish.name = "SIGTERM" if arguments[-1] == 2 else None
+        wish.name = "SIGTERM" if arguments[0].position.step == 2 else None
 
     monkeypatch.setattr(loop, "_validate", signalled)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 2; the checkpoint is saved"):
