@@ -23,7 +23,7 @@ NOTED = (*ENDING, signal.SIGINT)
 EXIT_CODE = 143
 GRACE = 20.0
 """Seconds from a signal until the process ends by itself; launchers kill after 30."""
-_ECHO = 2.0
+ECHO = 2.0
 """Seconds in which a signal that comes again is the same one: launchers pass on what the whole group has got already."""
 _LOOK = 0.2
 
@@ -38,6 +38,7 @@ class StopWish:
     heard: float = math.inf
     """When the signal came, on the clock of time.monotonic."""
     grace: float = GRACE
+    echo: float = ECHO
     patience: float = GRACE
     """Seconds until it must be served."""
     waited: float = -math.inf
@@ -51,7 +52,7 @@ class StopWish:
 
     def hear(self, name: str) -> bool:
         """A signal came; whether it is a second one."""
-        again = time.monotonic() > self.heard + _ECHO
+        again = time.monotonic() > self.heard + self.echo
         if self.heard == math.inf:
             self.name, self.refused, self.heard = name, False, time.monotonic()
         return again
@@ -89,9 +90,9 @@ def ends_at_once(end: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
-def listen(end: Callable[[str, str], None]) -> Iterator[StopWish]:
+def listen(end: Callable[[str, str], None], *, grace: float = GRACE, echo: float = ECHO) -> Iterator[StopWish]:
     """Meanwhile a signal is a wish. `end(name, why)`, which does not return, is called when there is no more time for it."""
-    wish = StopWish()
+    wish = StopWish(grace=grace, patience=grace, echo=echo)
 
     def attend(pipe: int) -> None:
         for number in _numbers(pipe):
