@@ -399,3 +399,22 @@ def test_what_an_accelerate_config_left_in_the_environment(config, monkeypatch):
     with pytest.raises(UsageError, match=r"ACCELERATE_USE_DEEPSPEED is set: svdtune trains with one process or DDP"):
         make_accelerator(config())
     _reset()
+
+
+def test_status_follows_without_a_write_per_step(session, monkeypatch):
+    made = session("train.steps=4", "checkpoint.interval=100")
+    told, write = [], RunFolder.write_status
+    monkeypatch.setattr(RunFolder, "write_status", lambda self, **facts: told.append(facts) or write(self, **facts))
+    train(made)
+    assert [facts["step"] for facts in told if "step" in facts] == [1, 4], "the first, and the one that is saved"
+    (saved,) = [facts for facts in told if "checkpoint" in facts]
+    assert saved["checkpoint"] == str(made.folder.checkpoints / "step-00000004")
+    assert saved["checkpoint_seconds"] >= 0
+
+
+def test_the_heart_beats_in_held_out_clips_sampler_steps_and_saves(session, monkeypatch):
+    made = session("train.steps=1", "validation.clips=3", "validation.samples=1", "validation.inference_steps=4")
+    beats = []
+    monkeypatch.setattr(RunFolder, "beat", lambda _: beats.append(1))
+    train(made)
+    assert len(beats) == 2 * (3 + 4) + 1 + 2

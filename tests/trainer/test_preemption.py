@@ -58,10 +58,10 @@ def stop(arguments, run, send, **options) -> Ended:
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         sent = time.monotonic()
         send(process, everyone)
-        _, alive = psutil.wait_procs(everyone, timeout=PATIENCE)
+        _, err = process.communicate(timeout=PATIENCE)  # first: psutil would take the exit code away
+        _, alive = psutil.wait_procs(everyone[1:], timeout=PATIENCE)
         seconds = time.monotonic() - sent
         assert not alive, alive
-        _, err = process.communicate(timeout=PATIENCE)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
