@@ -71,6 +71,11 @@ class Diverged(SvdtuneError):
 
 
 class Stopped(SvdtuneError):
-    """A signal arrived; the checkpoint is saved."""
+    """A signal arrived; what can be saved is saved."""
 
     exit_code = 143
+
+    def __init__(self, message: str, signal: str | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Its name."""
