@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svdtune.checkpoint.files import load_json, save_json
-from svdtune.checkpoint.tensors import NamedParameters, load_tensors, require_same, save_tensors, shapes_of
+from svdtune.checkpoint.tensors import NamedParameters, load_tensors, require_same, save_tensors, shapes_of, shared_out
 from svdtune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,4 +66,4 @@ def _copy_exactly(path: Path, targets: dict[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(saved[name])
+            target.copy_(shared_out(saved[name], target))

@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from svdtune.checkpoint.tensors import whole
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
@@ -21,10 +22,11 @@ from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session
 from svdtune.trainer.metrics import StepReport, any_rank, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
+from svdtune.trainer.sharding import unsynced
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
-from svdtune.trainer.validate import Validator
+from svdtune.trainer.validate import Validator, inference
 from svdtune.trainer.watch import Seen, Watch
 
 # fp16's loss scale starts too high and is halved at each overflow: a few skipped updates are how it is found.
@@ -114,7 +116,7 @@ def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
         draws = draws_for(batch, parts.facts, config)
         batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
         last = micro == config.train.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(parts.unet):
+        with nullcontext() if last else unsynced(session):
             result = train_step(parts, batch, draws)
             accelerator.backward(result.loss / config.train.accumulation)
         losses.append(result.loss_per_clip.detach())
@@ -129,7 +131,8 @@ def update(session: Session, accumulated: Accumulated, *, stop: bool) -> tuple[f
     """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
-    grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
+    # Of shards it is a part too, until it is summed.
+    grad_norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))).to(accelerator.device)
     report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm, stop=stop)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
@@ -182,13 +185,14 @@ def _report(session: Session, progress: Progress, position: Position, report: St
 
 def _validate(session: Session, validator: Validator, progress: Progress, watch: Watch, step: int) -> str:
     """A reason to stop, or nothing."""
-    losses = validator.held_out_loss()
-    if losses:
-        _write(session, {"step": step, **losses}, step)
-        progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
     videos: dict[str, Path] = {}
-    if session.accelerator.is_main_process:
-        videos = validator.sample_videos(step)
+    with inference(session):
+        losses = validator.held_out_loss()
+        if losses:
+            _write(session, {"step": step, **losses}, step)
+            progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
+        if session.accelerator.is_main_process:
+            videos = validator.sample_videos(step)
         for video in videos.values():
             progress.say(f"step {step}: sample {video}")
     tracking.log_videos(session, list(videos.values()), step)
@@ -198,8 +202,8 @@ def _validate(session: Session, validator: Validator, progress: Progress, watch:
 
 
 def _save(session: Session, position: Position, resolved: str) -> None:
+    folder = state.save(session, position, resolved)
     if session.accelerator.is_main_process:
-        folder = state.save(session, position, resolved)
         session.folder.write_status(
             state="training", step=position.step, world_size=session.accelerator.num_processes, exit_code=None,
             reason=None, checkpoint=str(folder),

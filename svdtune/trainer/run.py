@@ -24,6 +24,7 @@ from svdtune.model.source import part_weights
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
 from svdtune.trainer.loop import run_loop
+from svdtune.trainer.metrics import any_rank
 from svdtune.trainer.run_folder import RunFolder, State
 from svdtune.trainer.signals import StopWish, listen
 from svdtune.trainer.state import Position
@@ -65,9 +66,9 @@ def _run(session: Session, position: Position, resolved: str, wish: StopWish, wa
         position = run_loop(session, position, resolved, wish, watch)
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
+    if any_rank(session.accelerator, main and (trains or not folder.export.exists())):
+        _export(session, position)
     if main:
-        if trains or not folder.export.exists():
-            _export(session, position)
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
@@ -94,6 +95,8 @@ def _export(session: Session, position: Position) -> None:
     kind = "lora" if session.config.adapt.method == "lora" else "pipeline"
     dtypes = {form.dtype for form in part_weights(source, "unet", model.variant).forms.values()}
     with inference(session):
+        if not session.accelerator.is_main_process:
+            return
         export_run(
             session.folder.export,
             base=Base(name, source, model.variant, widened=session.model.widening is not None),
