@@ -17,6 +17,7 @@ from svdtune.errors import CheckpointError
 
 NamedParameters = Mapping[str, Parameter] | Iterable[tuple[str, Parameter]]
 """The trained parameters by name, as `[(n, p) for n, p in unet.named_parameters() if p.requires_grad]`."""
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
