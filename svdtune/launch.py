@@ -23,7 +23,6 @@ _ENTRY = str(Path(__file__).resolve().parent)
 # The variables accelerate itself reads (`utils/environment.py:get_cpu_distributed_information`).
 _WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
-_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -71,11 +70,6 @@ def join_world(argv: Sequence[str]) -> None:
 def cores() -> int:
     """Cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def foreign_engine(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The variable of an accelerate config that asks for an engine which svdtune does not train with; None where none does."""
-    return next((name for name in _ENGINES if environ.get(name, "").lower() in ("1", "true", "yes", "on")), None)
 
 
 def rank() -> int:

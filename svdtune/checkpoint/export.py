@@ -151,8 +151,10 @@ def _write_adapter(folder: Path, base: Base, unet: nn.Module, dtype: torch.dtype
     config = copy.deepcopy(configs["default"])
     config.base_model_name_or_path, config.inference_mode = base.name, True
     config.save_pretrained(folder)
+    # Not unet.state_dict(): under FSDP2 it would take the parameters apart again.
+    state = {name: parameter.detach() for name, parameter in unet.named_parameters()}
     # save_embedding_layers: peft would otherwise ask the hub whether the vocabulary grew
-    tensors = get_peft_model_state_dict(unet, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(unet, state, save_embedding_layers=False)
     named = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_tensors(folder / "adapter_model.safetensors", _cast("lora", named, dtype), {"format": "pt"})
     if _bridge(unet) is not None:

@@ -7,6 +7,7 @@ Any optimizer works whose state is tensors and plain values per parameter: AdamW
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from svdtune.checkpoint.files import load_json, save_json
-from svdtune.checkpoint.tensors import NamedParameters, load_tensors, require_same, save_tensors, shapes_of
+from svdtune.checkpoint.tensors import (
+    NamedParameters,
+    load_tensors,
+    require_same,
+    save_tensors,
+    shapes_of,
+    shared_out,
+    whole,
+)
 from svdtune.errors import CheckpointError
 
 _TENSORS, _PLAIN = "optimizer.safetensors", "optimizer.json"
@@ -23,8 +32,27 @@ _OF_THE_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")
 """Settings of a group that choose a kernel, not a result: the resuming machine decides them."""
 
 
+@dataclass(frozen=True)
+class OptimizerState:
+    """What the two files hold."""
+
+    tensors: Mapping[str, Tensor]
+    plain: Mapping[str, Any]
+
+
 def save_optimizer(folder: Path, optimizer: Optimizer, named_parameters: NamedParameters) -> None:
-    """Write the state of every parameter and the hyper-parameters of every group.
+    """Write the state of every parameter and the hyper-parameters of every group. Raises as `optimizer_state` does."""
+    write_optimizer(folder, optimizer_state(optimizer, named_parameters))
+
+
+def write_optimizer(folder: Path, state: OptimizerState) -> None:
+    """Write both files."""
+    save_tensors(folder / _TENSORS, state.tensors)
+    save_json(folder / _PLAIN, dict(state.plain))
+
+
+def optimizer_state(optimizer: Optimizer, named_parameters: NamedParameters, *, keep: bool = True) -> OptimizerState:
+    """The state by names, shards put together: then it is called on every rank, with `keep` where the tensors are wanted.
 
     Raises ValueError when the optimizer holds a parameter that has no name.
     """
@@ -35,12 +63,11 @@ def save_optimizer(folder: Path, optimizer: Optimizer, named_parameters: NamedPa
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{_name(names, parameter)}/{key}"] = value
+                tensors[f"{_name(names, parameter)}/{key}"] = whole(value, keep=keep)
             else:
                 plain.setdefault(_name(names, parameter), {})[key] = value
-    save_tensors(folder / _TENSORS, tensors)
-    save_json(
-        folder / _PLAIN,
+    return OptimizerState(
+        tensors,
         {
             "optimizer": _class_name(optimizer),
             "shapes": shapes_of(parameters),
@@ -98,7 +125,9 @@ def _load_state(
         name, key = full_name.rsplit("/", 1)
         parameter = parameters[name]
         stays = key == "step" and id(parameter) not in on_device
-        optimizer.state[parameter][key] = tensor if stays else tensor.to(parameter.device)
+        divided = tensor.shape == parameter.shape
+        there = shared_out(tensor, parameter) if divided else tensor.to(parameter.device)
+        optimizer.state[parameter][key] = tensor if stays else there
 
 
 def _steps_on_device(group: Mapping[str, Any]) -> bool:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from svdtune.checkpoint.files import load_json, save_json
-from svdtune.checkpoint.tensors import NamedParameters, load_tensors, require_same, save_tensors, shapes_of
+from svdtune.checkpoint.tensors import (
+    NamedParameters,
+    NamedTensors,
+    load_tensors,
+    require_same,
+    save_tensors,
+    shapes_of,
+    shared_out,
+)
 from svdtune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 _FULL, _LORA, _EMA, _EMA_COUNTERS = "unet.safetensors", "lora.safetensors", "ema.safetensors", "ema.json"
 
 
-def save_trained(folder: Path, named_parameters: NamedParameters, lora: bool) -> None:
+def save_trained(folder: Path, named_parameters: NamedTensors, lora: bool) -> None:
     """Write the trained parameters (and no frozen ones) to lora.safetensors or unet.safetensors."""
     save_tensors(folder / (_LORA if lora else _FULL), dict(named_parameters), {"format": "pt"})
 
@@ -66,4 +74,4 @@ def _copy_exactly(path: Path, targets: dict[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(saved[name])
+            target.copy_(shared_out(saved[name], target))

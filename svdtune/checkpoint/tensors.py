@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,38 @@ from svdtune.errors import CheckpointError
 
 NamedParameters = Mapping[str, Parameter] | Iterable[tuple[str, Parameter]]
 """The trained parameters by name, as `[(n, p) for n, p in unet.named_parameters() if p.requires_grad]`."""
+NamedTensors = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of it (FSDP2). By what it has: torch's module of its class takes half a second to import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """All of a tensor, detached; of a shard on the CPU. Called on every rank in the same order, with `keep` where it is wanted."""
+    shard: Any = tensor.detach()
+    if not is_shard(tensor):
+        return shard
+    gathered = shard.full_tensor()
+    return gathered.cpu() if keep else gathered.new_empty(0)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached, in the same memory."""
+    shard: Any = tensor.detach()
+    return shard.to_local() if is_shard(tensor) else shard
+
+
+def shared_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every rank has, on the device of `like` and divided as it is. Nothing is sent."""
+    if not is_shard(like):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    shard: Any = like
+    return distribute_tensor(tensor.to(like.device), shard.device_mesh, shard.placements, src_data_rank=None)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

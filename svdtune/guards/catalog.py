@@ -84,8 +84,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "torch's threads wait for each other in every operator; too many of them make a step many times slower.",
          "Set run.threads=null: the cores of the machine, divided by its processes."),
     Rule("ENV016", "an accelerate config asks for another engine",
-         "DeepSpeed, FSDP and Megatron shard or wrap the network in ways that svdtune's checkpoints and export do not know.",
-         "Unset the variable, or take the engine out of the accelerate config."),
+         "svdtune trains with one process, DDP or FSDP2, which shards the UNet's blocks as svdtune knows them. DeepSpeed, Megatron, FSDP1 "
+         "and offloading keep the network in ways that its checkpoints and export do not know.",
+         "Unset the variable, or write the accelerate config as configs/accelerate/fsdp2.yaml or multi_gpu.yaml."),
     Rule("ENV040", "steps became slow",
          "Every step computes the same, so a slower one means the machine: a hot GPU that lowers its clock, a neighbour, swapping, or GPU "
          "memory so full that it is freed and asked for again in each step. Waiting for clips is not counted.",

@@ -180,16 +180,14 @@ def _decoder(config: Config | None) -> list[Finding]:
 
 
 def _engine() -> list[Finding]:
-    """ENV016: an accelerate config, or a variable it left behind, asks for another engine."""
-    from svdtune.launch import foreign_engine
+    """ENV016: an accelerate config, or a variable it left behind, asks for another engine than DDP and FSDP2 as svdtune knows it."""
+    from svdtune.engine import unfit
 
-    name = foreign_engine()
-    if name is None:
+    found = unfit(os.environ)
+    if found is None:
         return []
-    return [Finding("ENV016", "error", name, f"{name}={os.environ[name]}", "not set: svdtune trains with one process or DDP",
-                    "The engine would shard or wrap the network in ways that svdtune's checkpoints and export do not know.",
-                    f"Run `unset {name}`, or take it out of the accelerate config (configs/accelerate/multi_gpu.yaml is one that "
-                    "works).")]  # fmt: skip
+    got = f"{found.variable}={found.value}"
+    return [Finding("ENV016", "error", found.variable, got, found.expected, found.why, found.fix)]
 
 
 def _attention(config: Config) -> list[Finding]:

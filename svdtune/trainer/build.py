@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from svdtune.config.schema import Config
 from svdtune.diffusion.conditioning import ClipPixels
+from svdtune.engine import Sharding, set_aside, sharding, unfit
 from svdtune.errors import ConfigError, UsageError
-from svdtune.launch import check_world, cores, foreign_engine, local_processes
+from svdtune.launch import check_world, cores, local_processes
 from svdtune.model.adapt import adapt
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.recompute import recompute
@@ -27,6 +28,7 @@ from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.sharding import require_shardable, shard
 from svdtune.trainer.step import Parts
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Session:
     """Wrapped by accelerate: it owns the gradient scaler."""
     schedule: LRScheduler
     ema: EMAModel | None
+    sharding: Sharding | None
+    """Where every rank holds a part of each parameter of the UNet."""
     conventions: dict[str, Any]
     """What a sampler must share with this training; goes into every manifest. Empty on other ranks than the main one."""
 
@@ -64,12 +68,6 @@ class Session:
         return train.batch_size * train.accumulation * self.accelerator.num_processes
 
 
-_ENGINES_OUT = (
-    "svdtune trains with one process or DDP. Take FSDP, DeepSpeed or Megatron out of the accelerate config: "
-    "configs/accelerate/multi_gpu.yaml is one that works."
-)
-
-
 def make_accelerator(config: Config) -> Accelerator:
     """The process group, checked against what the launcher promised.
 
@@ -78,19 +76,25 @@ def make_accelerator(config: Config) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu and config.train.precision == "fp16":
         raise ConfigError("train.precision: fp16 needs an NVIDIA GPU and none is visible. Use bf16 or no.")
-    if engine := foreign_engine():
-        raise UsageError(f"{engine} is set: {_ENGINES_OUT}")
+    if not_ours := unfit():
+        raise UsageError(str(not_ours))
+    if sharding():
+        require_shardable(config.train)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
-    accelerator = Accelerator(
-        kwargs_handlers=[patience],
-        # Without it a variable of the environment would divide the loss a second time.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        cpu=on_cpu, mixed_precision=config.train.precision, log_with=list(config.tracking.backends) or None,
-        project_dir=str(Path(config.run.dir) / config.run.name),
-    )  # fmt: skip
+    with set_aside():
+        accelerator = Accelerator(
+            kwargs_handlers=[patience],
+            # Without it a variable of the environment would divide the loss a second time.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            cpu=on_cpu, mixed_precision=config.train.precision, log_with=list(config.tracking.backends) or None,
+            project_dir=str(Path(config.run.dir) / config.run.name),
+        )  # fmt: skip
     check_world(accelerator.num_processes)
     if accelerator.distributed_type not in PARALLEL:
-        raise UsageError(f"the launcher asks for {accelerator.distributed_type.value}: {_ENGINES_OUT}")
+        raise UsageError(
+            f"the launcher asks for {accelerator.distributed_type.value}: svdtune trains with one process, DDP or FSDP2. "
+            "configs/accelerate/multi_gpu.yaml is a config that works."
+        )
     # Kernels round differently with another thread count, so it is set here and not left to the launcher.
     torch.set_num_threads(config.run.threads or max(1, cores() // local_processes()))
     return accelerator
@@ -107,10 +111,16 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
             print(*model.widening.said, sep="\n", file=sys.stderr)
     if config.memory.attention == "xformers":
         _use_xformers(model)
-    for network in (model.unet, model.vae, model.image_encoder):
+    for network in (model.vae, model.image_encoder):
         network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    shards = sharding() if torch.distributed.is_initialized() else None
+    if shards:  # parts go to the device, the whole never does
+        trained = shard(model.unet, trained, shards, accelerator.device)
+    else:
+        model.unet.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     learning = make_learning(config.train, trained, accelerator.device)
-    unet, wrapped = accelerator.prepare(model.unet, learning.optimizer)
+    unet = model.unet if shards else accelerator.prepare(model.unet)
+    wrapped: Any = accelerator.prepare(learning.optimizer)
     return Session(
         config=config,
         accelerator=accelerator,
@@ -124,6 +134,7 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         optimizer=wrapped,
         schedule=learning.schedule,
         ema=learning.ema,
+        sharding=shards,
         # Hashing the base reads gigabytes, and only the main process writes manifests.
         conventions=conventions(config, model) if accelerator.is_main_process else {},
     )

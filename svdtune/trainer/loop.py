@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from svdtune.checkpoint.tensors import whole
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
@@ -22,10 +23,11 @@ from svdtune.trainer.agreement import Agreement, Halt, agree
 from svdtune.trainer.build import PATIENCE, Session
 from svdtune.trainer.metrics import StepReport, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
+from svdtune.trainer.sharding import unsynced
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
-from svdtune.trainer.validate import Validator
+from svdtune.trainer.validate import Validator, inference
 from svdtune.trainer.watch import Seen, Watch
 
 # fp16's loss scale starts too high and is halved at each overflow: a few skipped updates are how it is found.
@@ -172,7 +174,7 @@ def accumulate(
         draws = draws_for(batch, parts.facts, config)
         batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
         last = micro == config.train.accumulation - 1
-        with nullcontext() if last else accelerator.no_sync(parts.unet):
+        with nullcontext() if last else unsynced(session):
             result = train_step(parts, batch, draws)
             accelerator.backward(result.loss / config.train.accumulation)
         losses.append(result.loss_per_clip.detach())
@@ -187,7 +189,8 @@ def update(session: Session, accumulated: Accumulated) -> tuple[float, StepRepor
     """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
-    grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
+    # Of shards it is a part too, until it is summed.
+    grad_norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))).to(accelerator.device)
     report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
@@ -245,25 +248,31 @@ def _report(run: Run, report: StepReport, lr: float) -> float:
 def _validate(run: Run) -> None:
     """Raises Halt on every rank when one wants to stop."""
     session, step = run.session, run.position.step
-    losses = run.validator.held_out_loss()
-    if losses:
-        _write(session, {"step": step, **losses}, step)
-        run.progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
-    _sample(run)
+    with inference(session):
+        losses = run.validator.held_out_loss()
+        if losses:
+            _write(session, {"step": step, **losses}, step)
+            run.progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
+        videos = _sample(run)
+    if videos is not None:
+        _show(run, videos)
     with nullcontext() if session.accelerator.is_main_process else run.agreement.wish.waiting():
         session.accelerator.wait_for_everyone()
     run.agreement.check()
 
 
-def _sample(run: Run) -> None:
-    """The main process samples; called on every rank. A signal cuts it short, and the ranks agree on that afterwards."""
+def _sample(run: Run) -> dict[str, Path] | None:
+    """What the main process sampled, nothing on other ranks; None where a signal cut it short: the ranks agree on that afterwards."""
+    if not run.session.accelerator.is_main_process:
+        return {}
+    try:
+        return run.validator.sample_videos(run.position.step)
+    except Halt:
+        return None
+
+
+def _show(run: Run, videos: dict[str, Path]) -> None:
     session, step = run.session, run.position.step
-    videos: dict[str, Path] = {}
-    if session.accelerator.is_main_process:
-        try:
-            videos = run.validator.sample_videos(step)
-        except Halt:
-            return
     for video in videos.values():
         run.progress.say(f"step {step}: sample {video}")
     tracking.log_videos(session, list(videos.values()), step)
@@ -277,7 +286,8 @@ def _save(run: Run) -> None:
     with run.agreement.wish.waiting():
         if session.accelerator.is_main_process:
             session.folder.beat()
-            folder = state.save(session, position, run.resolved)
+        folder = state.save(session, position, run.resolved)
+        if session.accelerator.is_main_process:
             seconds = round(time.monotonic() - began, 3)
             session.folder.write_status(checkpoint=str(folder), checkpoint_seconds=seconds)
             session.folder.beat()

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.export import Base, export_run
@@ -87,9 +87,9 @@ def _run(session: Session, position: Position, resolved: str, status: Status, wa
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     status.when = "after the last step"
+    if broadcast_object_list([main and (trains or not folder.export.exists())])[0]:
+        _export(session, position)
     if main:
-        if trains or not folder.export.exists():
-            _export(session, position)
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
@@ -117,6 +117,8 @@ def _export(session: Session, position: Position) -> None:
     kind = "lora" if session.config.adapt.method == "lora" else "pipeline"
     dtypes = {form.dtype for form in part_weights(source, "unet", model.variant).forms.values()}
     with inference(session):
+        if not session.accelerator.is_main_process:
+            return
         export_run(
             session.folder.export,
             base=Base(name, source, model.variant, widened=session.model.widening is not None),

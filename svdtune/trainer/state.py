@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 import yaml
 from accelerate.utils import broadcast_object_list
+from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.files import load_json, save_json
 from svdtune.checkpoint.manifest import read_manifest
-from svdtune.checkpoint.optimizer import load_optimizer, save_optimizer
+from svdtune.checkpoint.optimizer import OptimizerState, load_optimizer, optimizer_state, write_optimizer
 from svdtune.checkpoint.store import find_latest, publish
+from svdtune.checkpoint.tensors import whole
 from svdtune.errors import CheckpointError
 from svdtune.trainer.build import Session
 
@@ -28,14 +32,43 @@ class Position:
     samples: int = 0
 
 
-def save(session: Session, position: Position, resolved: str) -> Path:
-    """Publish step-XXXXXXXX; `resolved` is the YAML with overrides, so that the checkpoint alone can be rebuilt. Main process only."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What learns, whole: the same files whatever number of processes, by whatever engine, had parts of it."""
+
+    trained: dict[str, Tensor]
+    optimizer: OptimizerState
+    ema: EMAModel | None
+
+
+def save(session: Session, position: Position, resolved: str) -> Path | None:
+    """Publish step-XXXXXXXX; `resolved` is the YAML with overrides, so that the checkpoint alone can be rebuilt.
+
+    Called on every rank; returns the folder on the main process, which writes it, and None on the others.
+    """
+    main = session.accelerator.is_main_process
+    held = snapshot(session, keep=main)
+    return write(session, held, position, resolved) if main else None
+
+
+def snapshot(session: Session, *, keep: bool) -> Snapshot:
+    """Put together from the shards, one parameter after the other, on every rank; `keep` where it is wanted."""
+    ema = copy.copy(session.ema)
+    trained = {name: whole(parameter, keep=keep) for name, parameter in session.trained.items()}
+    optimizer = optimizer_state(raw_optimizer(session), session.trained, keep=keep)
+    if ema is not None:
+        ema.shadow_params = [whole(average, keep=keep) for average in ema.shadow_params]
+    return Snapshot(trained, optimizer, ema)
+
+
+def write(session: Session, held: Snapshot, position: Position, resolved: str) -> Path:
+    """Publish a snapshot."""
 
     def write(folder: Path) -> None:
-        disk.save_trained(folder, session.trained, lora=session.config.adapt.method == "lora")
-        save_optimizer(folder, raw_optimizer(session), session.trained)
-        if session.ema is not None:
-            disk.save_ema(folder, session.ema, session.trained)
+        disk.save_trained(folder, held.trained, lora=session.config.adapt.method == "lora")
+        write_optimizer(folder, held.optimizer)
+        if held.ema is not None:
+            disk.save_ema(folder, held.ema, session.trained)
         save_json(folder / "scheduler.json", {"last_epoch": position.step})
         save_json(folder / "trainer.json", _trainer_json(session, position))
         (folder / "config.yaml").write_text(resolved)

@@ -27,6 +27,7 @@ from svdtune.sample.sheet import contact_sheet
 from svdtune.sample.video import read_image, write_mp4
 from svdtune.trainer.agreement import Agreement
 from svdtune.trainer.build import Session
+from svdtune.trainer.sharding import gathered
 from svdtune.trainer.step import denoise, encode
 
 
@@ -66,7 +67,7 @@ class Validator:
         return [Subject(name, b.pixels[0, 0], to_uint8(b.pixels[0])) for name, b in zip(names, batches, strict=True)]
 
     def held_out_loss(self) -> dict[str, float]:
-        """Mean loss over the held-out clips, in all and per sigma; {} without held-out clips. Called on every rank.
+        """Mean loss over the held-out clips, in all and per sigma; {} without. Called on every rank, within `inference`.
 
         Raises Halt on every rank when one of them wants to stop.
         """
@@ -76,7 +77,7 @@ class Validator:
         accelerator, device = session.accelerator, session.accelerator.device
         parts = replace(session.parts, unet=session.model.unet)
         sums = torch.zeros(len(sigmas), device=device)
-        with inference(session), torch.no_grad():
+        with torch.no_grad():
             for clip in self._own_clips():
                 axes, batch = clip.axes(parts.facts), move(clip, device)
                 seed, conditioning = session.config.run.seed, session.config.conditioning
@@ -91,9 +92,10 @@ class Validator:
         return {"held_out_loss": fmean(losses), **by_sigma}
 
     def sample_videos(self, step: int) -> dict[str, Path]:
-        """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png; by name. Called on the main process only.
+        """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png; by name.
 
-        Raises Halt when this process wants to stop; videos that are not whole are not there then.
+        On the main process alone, within `inference`. Raises Halt when this process wants to stop; videos that are not whole
+        are not there then.
         """
         folder = sample_folder(self.session, step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,9 +141,8 @@ class Validator:
         session, model = self.session, self.session.model
         pipeline = build_pipeline(model.unet, model.vae, model.image_encoder, dict(model.configs.scheduler),
                                   dict(model.configs.feature_extractor))  # fmt: skip
-        with inference(session):
-            settings, seed = SampleSettings.from_config(session.config), session.config.run.seed
-            return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
+        settings, seed = SampleSettings.from_config(session.config), session.config.run.seed
+        return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
 
     def _decode(self, count: int, *, fall_back: bool = False) -> list[VideoBatch]:
         catalog, config = self.session.catalog, self.session.config
@@ -153,14 +154,18 @@ class Validator:
 
 @contextmanager
 def inference(session: Session) -> Iterator[None]:
-    """Eval mode, with the EMA weights in place where there are some; training weights and mode come back afterwards."""
+    """Eval mode, whole parameters, with the EMA weights in place where there are some; all comes back as it was afterwards.
+
+    Entered by every rank; inside they need not do the same.
+    """
     unet, ema, trained = session.model.unet, session.ema, list(session.trained.values())
     unet.eval()
     if ema is not None:
         ema.store(trained)
         ema.copy_to(trained)
     try:
-        yield
+        with gathered(unet, session.sharding):
+            yield
     finally:
         if ema is not None:
             ema.restore(trained)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdtune.checkpoint.tensors import local, whole
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import hooks
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
+from svdtune.trainer.sharding import gathered
 from svdtune.trainer.state import raw_optimizer
 
 STEPS = 2
@@ -28,7 +30,7 @@ _SUMMED = 8
 
 @dataclass(frozen=True)
 class Before:
-    """Values on the CPU."""
+    """Values on the CPU, of shards this rank's part."""
 
     weights: dict[str, Tensor]
     averages: list[Tensor]
@@ -89,21 +91,25 @@ def sums(session: Session) -> Iterator[dict[str, Tensor]]:
         return add
 
     with hooks() as keep:
-        for name in watched(session):
-            keep(session.trained[name].register_hook(add_to(name)))
+        # Of a shard it is the whole parameter, made for the forward pass, that autograd sees.
+        with gathered(session.model.unet, session.sharding):
+            seen = dict(session.model.unet.named_parameters()) if session.sharding else session.trained
+            for name in watched(session):
+                keep(seen[name].register_hook(add_to(name)))
         yield sums
 
 
 def added(session: Session, sums: dict[str, Tensor]) -> list[Finding]:
     """SEM568: what the optimizer will see is the sum over micro-steps, averaged over ranks."""
     last = {name: session.trained[name] for name in watched(session)}
+    device = session.accelerator.device
     mine = torch.cat(
-        [sums.get(name, torch.zeros_like(parameter)).flatten().float() for name, parameter in last.items()]
+        [sums.get(name, torch.zeros(p.shape, device=device)).flatten().float() for name, p in last.items()]
     )
     mean: Any = session.accelerator.reduce(mine, reduction="mean")  # one for all: no rank may leave between two
     there = torch.cat(
-        [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in last.values()]
-    )
+        [whole(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in last.values()]
+    ).to(mean.device)
     if not bool(mean.isfinite().all()):
         return []  # said with the module where it began
     if session.accelerator.num_processes > 1 and torch.equal(there, mine):
@@ -125,11 +131,17 @@ def watched(session: Session) -> list[str]:
 
 def reached(session: Session) -> set[str]:
     """Trained parameters whose gradient is not all zero."""
-    there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
-    if not there:
-        return set()
-    flags = torch.stack([(gradient != 0).any() for gradient in there.values()]).tolist()
-    return {name for name, flag in zip(there, flags, strict=True) if flag}
+    gradients = local_gradients(session)
+    nothing = torch.zeros((), dtype=torch.bool, device=session.accelerator.device)
+    flags: Any = torch.stack([nothing if g is None else (g != 0).any() for g in gradients.values()])
+    if session.sharding:  # each rank sees a part
+        flags = session.accelerator.reduce(flags.float(), reduction="sum")
+    return {name for name, flag in zip(gradients, flags.tolist(), strict=True) if flag}
+
+
+def local_gradients(session: Session) -> dict[str, Tensor | None]:
+    """By trained parameter, of shards this rank's part."""
+    return {name: None if p.grad is None else local(p.grad) for name, p in session.trained.items()}
 
 
 def strangers(session: Session) -> list[Finding]:
@@ -156,8 +168,8 @@ def without(session: Session, reached: set[str]) -> list[Finding]:
 
 def left_over(session: Session) -> list[Finding]:
     """SEM565: an update must leave no gradient behind."""
-    there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
-    names = [name for name, gradient in there.items() if bool((gradient != 0).any())]
+    there = local_gradients(session)
+    names = [name for name, gradient in there.items() if gradient is not None and bool((gradient != 0).any())]
     why = "The next update would add to them: old gradients count again and again, and the run drifts."
     return of_set("SEM565", names, "trained parameters keep their gradient after the update", "none", why)
 
@@ -172,7 +184,7 @@ def moved(
         if gradient is None or name not in from_first or _DEAD.search(name):
             continue
         pulled = gradient != 0
-        stays = int((pulled & (parameter.detach() == before.weights[name].to(parameter.device))).sum())
+        stays = int((pulled & (local(parameter) == before.weights[name].to(parameter.device))).sum())
         with_gradient, unmoved = with_gradient + int(pulled.sum()), unmoved + stays
         worst += [name] if stays * 2 > pulled.sum() else []
     if not with_gradient or unmoved / with_gradient < _UNMOVED / 10:
@@ -193,7 +205,8 @@ def averaged(session: Session, before: Before) -> Iterator[Finding]:
     if session.ema is None:
         return
     still = [
-        torch.equal(average.cpu(), old) for average, old in zip(session.ema.shadow_params, before.averages, strict=True)
+        torch.equal(local(average).cpu(), old)
+        for average, old in zip(session.ema.shadow_params, before.averages, strict=True)
     ]
     if all(still):
         got = f"none of the {len(still)} averages moved in {STEPS} updates"

@@ -136,7 +136,8 @@ def _leaf(unet: nn.Module) -> Iterator[list[Tensor]]:
 
     def after(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         torch.set_grad_enabled(True)
-        made.append(output[0].detach().requires_grad_())
+        # float32, as accelerate leaves it to be: a gradient by a bf16 leaf would be rounded.
+        made.append(output[0].detach().float().requires_grad_())
         return (made[-1], *output[1:])
 
     with torch.enable_grad(), hooks() as add:

@@ -16,6 +16,7 @@ from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import Observed, aside, hooks
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
+from svdtune.trainer.sharding import gathered
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import Parts, train_step
 
@@ -71,7 +72,15 @@ class Culprit:
 
 
 def culprit_of(session: Session, position: Position) -> Culprit | None:
-    """The first value that is not finite in the update after `position`, whose clips are read again; this rank's."""
+    """The first value that is not finite in the update after `position`, whose clips are read again; this rank's.
+
+    Called on every rank.
+    """
+    with gathered(session.model.unet, session.sharding):
+        return _culprit_of(session, position)
+
+
+def _culprit_of(session: Session, position: Position) -> Culprit | None:
     parts, device = replace(session.parts, unet=session.model.unet), session.accelerator.device
     scaler = session.accelerator.scaler
     batches = loop.loader_from(aside(session), position)

@@ -30,6 +30,7 @@ from svdtune.guards.render import block
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
+from svdtune.trainer.sharding import gathered
 from svdtune.trainer.state import Position
 
 _CLIPS = 3
@@ -77,7 +78,12 @@ def prove(session: Session, position: Position) -> Proof:
 
 
 def check_meaning(session: Session, position: Position) -> Iterator[Finding]:
-    """SEM5xx and NUM6xx of one observed step on the first clips."""
+    """SEM5xx and NUM6xx of one observed step on the first clips. Called on every rank."""
+    with gathered(session.model.unet, session.sharding):
+        yield from _meaning(session, position)
+
+
+def _meaning(session: Session, position: Position) -> Iterator[Finding]:
     parts = replace(session.parts, unet=session.model.unet)
     config, device = session.config, session.accelerator.device
     few = aside(session, f"train.batch_size={min(config.train.batch_size, _CLIPS)}")

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import svdtune
+from svdtune.checkpoint.tensors import is_shard
 from svdtune.config.load import resolved_yaml
 from svdtune.contracts import Draws
 from svdtune.diffusion.draws import TENSORS
@@ -52,7 +53,8 @@ class RankFacts:
     trained: Mapping[str, str] = field(default_factory=dict)
     """Dtype and shape by parameter."""
     parameters: Mapping[str, int] = field(default_factory=dict)
-    """Fingerprint of each parameter and buffer of all networks, the network's name before the first dot."""
+    """Fingerprint of each parameter and buffer of all networks, the network's name before the first dot; without shards, of which
+    each rank has its own."""
     gradients: Mapping[str, int] = field(default_factory=dict)
     """Fingerprint of each trained parameter's gradient, where it has one."""
     samples: tuple[int, ...] = ()
@@ -97,7 +99,7 @@ def facts_of_rank(
     session: Session, samples: Sequence[int], names: Sequence[str], noise: Sequence[str], sigma: Sequence[float]
 ) -> RankFacts:
     """Called when the gradients of a step are there and no update is made yet; the lists have one entry per clip of the step."""
-    gradients = {name: p.grad for name, p in _trained(session).items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in _trained(session).items() if p.grad is not None and not is_shard(p)}
     return RankFacts(
         rank=session.accelerator.process_index,
         host=platform.node(),
@@ -129,7 +131,7 @@ def check_ranks(facts: RankFacts) -> list[Finding]:
 
 def parameters_agree(session: Session, step: int) -> list[Finding]:
     """DST813 where trained parameters differ after `step`. Called on every rank: eight bytes each, and one synchronisation."""
-    if session.accelerator.num_processes == 1:
+    if session.accelerator.num_processes == 1 or session.sharding:
         return []
     trained = _trained(session)
     prints = fingerprints(list(trained.values()))
@@ -216,6 +218,7 @@ def _held(session: Session) -> dict[str, Tensor]:
         for network, module in networks.items()
         for tensors in (module.named_parameters(), module.named_buffers())
         for name, tensor in tensors
+        if not is_shard(tensor)
     }
 
 

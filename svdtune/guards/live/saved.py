@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.checkpoint import state as disk
+from svdtune.checkpoint.tensors import local, whole
 from svdtune.config.load import resolved_yaml
 from svdtune.contracts import Draws, VideoBatch, move
 from svdtune.diffusion.draws import draws_for
@@ -31,12 +32,15 @@ _APART = 0.02
 
 
 def saved(session: Session, position: Position) -> list[Finding]:
-    """SEM566: what is written and loaded again is what it was, through the functions of saving and resuming."""
+    """SEM566: what is written and loaded again is what it was, through the functions of saving and resuming.
+
+    Called on the main process, with shards on every rank: each writes all, and takes its part again.
+    """
     total = sum(parameter.nbytes for parameter in session.trained.values())
-    before = {name: parameter.detach().clone() for name, parameter in _some(session).items()}
+    before = {name: local(parameter).clone() for name, parameter in _some(session).items()}
     with tempfile.TemporaryDirectory(prefix="svdtune-trial-") as work, torch.no_grad():
         changed = _whole(session, position, Path(work)) if total <= _SAVED else _weights(session, Path(work))
-    changed = [name for name, value in before.items() if not torch.equal(session.trained[name], value)] + changed
+    changed = [name for name, value in before.items() if not torch.equal(local(session.trained[name]), value)] + changed
     why = "A resumed run would go on from other weights than it had."
     expected = "a checkpoint that loads back equal to the bit"
     return of_set("SEM566", changed, "parts of a checkpoint differ after it is loaded", expected, why)
@@ -46,14 +50,15 @@ def _whole(session: Session, position: Position, work: Path) -> list[str]:
     """Save everything, spoil it, load it; what has changed beside the weights."""
     raw, ema = raw_optimizer(session), session.ema
     moments = {parameter: copy.deepcopy(values) for parameter, values in raw.state.items()}
-    averages = [average.clone() for average in ema.shadow_params] if ema else []
+    averages = [local(average).clone() for average in ema.shadow_params] if ema else []
     after = Position(position.step + STEPS, position.samples + STEPS * session.clips_per_step)
-    folder = state.save(replace(session, folder=RunFolder(work)), after, resolved_yaml(session.config))
+    held = state.snapshot(session, keep=True)
+    folder = state.write(replace(session, folder=RunFolder(work)), held, after, resolved_yaml(session.config))
     _spoil([*session.trained.values(), *(ema.shadow_params if ema else []), *_tensors_of(raw.state)])
     session.schedule.last_epoch = -1
     position_after, _ = state.restore(session, folder)
     stands = position_after == after and session.schedule.last_epoch == after.step
-    same = not ema or all(map(torch.equal, ema.shadow_params, averages))
+    same = not ema or all(map(torch.equal, map(local, ema.shadow_params), averages))
     return [
         *_different(raw.state, moments),
         *([] if same else ["averages"]),
@@ -63,7 +68,8 @@ def _whole(session: Session, position: Position, work: Path) -> list[str]:
 
 def _weights(session: Session, work: Path) -> list[str]:
     """The same for some of many weights."""
-    disk.save_trained(work, _some(session), lora=session.config.adapt.method == "lora")
+    held = {name: whole(parameter) for name, parameter in _some(session).items()}
+    disk.save_trained(work, held, lora=session.config.adapt.method == "lora")
     _spoil(_some(session).values())
     disk.load_trained(work, _some(session))
     return []
@@ -78,7 +84,7 @@ def _some(session: Session) -> dict[str, nn.Parameter]:
 
 def _spoil(tensors: Any) -> None:
     for tensor in tensors:
-        tensor.add_(1)
+        local(tensor).add_(1)
 
 
 def _tensors_of(states: Any) -> list[Tensor]:
@@ -88,7 +94,7 @@ def _tensors_of(states: Any) -> list[Tensor]:
 
 def _different(now: Any, before: Any) -> list[str]:
     pairs = [(now[parameter][key], old) for parameter, values in before.items() for key, old in values.items()]
-    same = [torch.equal(new, old) if isinstance(old, Tensor) else new == old for new, old in pairs]
+    same = [torch.equal(local(new), local(old)) if isinstance(old, Tensor) else new == old for new, old in pairs]
     return [] if all(same) and now.keys() == before.keys() else ["optimizer state"]
 
 
@@ -128,7 +134,7 @@ def _norms(session: Session, batch: VideoBatch, draws: Draws) -> dict[str, float
         torch.manual_seed(0)
         train_step(replace(session.parts, unet=session.model.unet), batch, draws).loss.backward()
     there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}
-    norms = torch.stack([gradient.float().norm() for gradient in there.values()]).tolist() if there else []
+    norms = torch.stack([local(gradient).float().norm() for gradient in there.values()]).tolist() if there else []
     for parameter in session.trained.values():
         parameter.grad = None
     return dict(zip(there, norms, strict=True))

@@ -14,8 +14,8 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from svdtune.checkpoint.tensors import local
 from svdtune.contracts import VideoBatch
 from svdtune.guards.findings import Finding
 from svdtune.guards.live import learning, updates
@@ -82,8 +82,8 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
         _full_rate(session)
         clock = _Clock(session)
         second = loop.accumulate(quiet, batches)
-        in_both, gradients = in_first & learning.reached(session), _gradients(session)
-        reached = in_first | learning.reached(session)
+        in_second, gradients = learning.reached(session), learning.local_gradients(session)
+        in_both, reached = in_first & in_second, in_first | in_second
         finite = _update(trial, quiet, second, 2)
         trial.measured = clock.read(second.waited)
         if not finite:
@@ -94,7 +94,7 @@ def make_trial(session: Session, position: Position, after_backward: Callable[[A
         trial.findings += [*learning.moved(session, before, gradients, in_both), *learning.averaged(session, before)]
         trial.findings += [*updates.check_averages(session, after_first), *updates.check_inference(session)]
         del gradients
-        if session.accelerator.is_main_process:
+        if session.accelerator.is_main_process or session.sharding:
             trial.findings += saved(session, position)
     return trial
 
@@ -143,10 +143,6 @@ def _calm(session: Session) -> None:
         scaler.update(_SCALE)
 
 
-def _gradients(session: Session) -> dict[str, Tensor | None]:
-    return {name: parameter.grad for name, parameter in session.trained.items()}
-
-
 def _quiet(session: Session) -> Session:
     """The same run without worker processes, with a clip left for both updates, nothing dropped (a dropped token has no gradient)."""
     return aside(session, f"train.steps={session.config.train.steps + STEPS}", "conditioning.dropout=0")
@@ -162,7 +158,7 @@ def _full_rate(session: Session) -> None:
 def restored(session: Session) -> Iterator[Before]:
     """Whatever happens inside is undone."""
     raw, schedule, ema, scaler = raw_optimizer(session), session.schedule, session.ema, session.accelerator.scaler
-    weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in session.trained.items()}
+    weights = {name: local(parameter).to("cpu", copy=True) for name, parameter in session.trained.items()}
     groups = [{key: value for key, value in group.items() if key != "params"} for group in raw.param_groups]
     states = {parameter: copy.deepcopy(values) for parameter, values in raw.state.items()}
     scheduled = {
@@ -170,7 +166,7 @@ def restored(session: Session) -> Iterator[Before]:
         for key, value in vars(schedule).items()
         if key in ("last_epoch", "_step_count", "_last_lr")
     }
-    averages = [average.detach().to("cpu", copy=True) for average in ema.shadow_params] if ema else []
+    averages = [local(average).to("cpu", copy=True) for average in ema.shadow_params] if ema else []
     counters = {key: value for key, value in vars(ema).items() if isinstance(value, int | float | bool)} if ema else {}
     scale = scaler.state_dict() if scaler is not None else None
     try:
@@ -178,10 +174,10 @@ def restored(session: Session) -> Iterator[Before]:
     finally:
         with torch.no_grad():
             for name, parameter in session.trained.items():
-                parameter.copy_(weights[name])
+                local(parameter).copy_(weights[name])
                 parameter.grad = None
             for average, before in zip(ema.shadow_params if ema else [], averages, strict=True):
-                average.copy_(before)
+                local(average).copy_(before)
         raw.state.clear()
         raw.state.update(states)
         for group, values in zip(raw.param_groups, groups, strict=True):

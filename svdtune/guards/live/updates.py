@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdtune.checkpoint.tensors import local
 from svdtune.config.schema import Train
 from svdtune.data.catalog import clip_name
 from svdtune.guards.findings import Finding
-from svdtune.guards.live.learning import watched
+from svdtune.guards.live.learning import local_gradients, watched
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position, raw_optimizer
@@ -30,7 +31,7 @@ _FIX = "Mend svdtune/trainer/loop.py:update, or svdtune/trainer/optimizer.py."
 
 @dataclass(frozen=True)
 class Start:
-    """What an update begins with, of the watched parameters; gradients as the mean loss has them (no loss scale)."""
+    """What an update begins with, of the watched parameters (of shards this rank's part), gradients without a loss scale."""
 
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -44,14 +45,12 @@ def start(session: Session) -> Start:
     """Between the backward pass and the update."""
     scaler = session.accelerator.scaler
     scale = 1 / scaler.get_scale() if scaler is not None else 1.0
-    gradients = [p.grad for p in session.trained.values() if p.grad is not None]
-    norms = torch.stack([gradient.float().norm() for gradient in gradients]) if gradients else torch.zeros(1)
-    names = [name for name in watched(session) if session.trained[name].grad is not None]
-    trained: dict[str, Any] = session.trained
+    gradients = {name: gradient for name, gradient in local_gradients(session).items() if gradient is not None}
+    weights = {name: value for name, value in first_weights(session, watched(session)).items() if name in gradients}
     return Start(
-        {name: trained[name].detach().clone() for name in names},
-        {name: trained[name].grad.float() * scale for name in names},
-        float(norms.norm()) * scale,
+        weights,
+        {name: gradients[name].float() * scale for name in weights},
+        _norm(session, list(gradients.values())) * scale,
         session.schedule.last_epoch,
     )
 
@@ -83,9 +82,10 @@ def check_update(session: Session, before: Start, norm: float, number: int) -> I
 
 def _adamw(session: Session, before: Start, name: str, clipped: float, number: int) -> Finding | None:
     """One parameter against algorithm 2; the second moment of the first update is enough to know betas and clipping by."""
-    train, state = session.config.train, raw_optimizer(session).state[session.trained[name]]
-    if not state:
+    train, found = session.config.train, raw_optimizer(session).state[session.trained[name]]
+    if not found:
         return _wrong(name, "no optimizer state", "one step of AdamW", "It would never move.")
+    state = {key: local(value) for key, value in found.items()}
     if (steps := int(state["step"])) != number:
         return _wrong(
             name, f"{steps} optimizer steps after {number} updates", f"{number}", "Updates are left out or made twice."
@@ -100,7 +100,7 @@ def _adamw(session: Session, before: Start, name: str, clipped: float, number: i
     mean, square = state["exp_avg"] / (1 - beta1**number), state["exp_avg_sq"] / (1 - beta2**number)
     step = train.lr * mean / (square.sqrt() + 1e-8)
     due = before.weights[name] * (1 - train.lr * train.weight_decay) - step
-    now = session.trained[name].detach()
+    now = local(session.trained[name])
     size = float((step.abs() + train.lr * train.weight_decay * before.weights[name].abs()).max())
     rounding = float(torch.finfo(now.dtype).eps * before.weights[name].abs().max())
     if float((now - due).abs().max()) > 0.02 * size + 4 * rounding:
@@ -141,9 +141,10 @@ def check_averages(session: Session, first: dict[str, Tensor]) -> Iterator[Findi
     decay = min(session.config.train.ema_decay, 2 / 11)
     averages = dict(zip(session.trained, session.ema.shadow_params, strict=True))
     for name, p1 in first.items():
-        due = decay * p1 + (1 - decay) * session.trained[name].detach()
-        if _far(averages[name].to(due.device), due, at_least=float((session.trained[name].detach() - p1).abs().max())):
-            got = f"an average that is off by up to {float((averages[name].to(due.device) - due).abs().max()):.2g}"
+        now, average = local(session.trained[name]), local(averages[name]).to(p1.device)
+        due = decay * p1 + (1 - decay) * now
+        if _far(average, due, at_least=float((now - p1).abs().max())):
+            got = f"an average that is off by up to {float((average - due).abs().max()):.2g}"
             why = "The averages are what is sampled and exported."
             yield _wrong(f"train.ema ({name})", got, f"decay {decay:.3g} after two updates", why)
             return
@@ -177,7 +178,7 @@ def check_inference(session: Session) -> list[Finding]:
     weights = first_weights(session, watched(session))
     with inference(session):
         pass
-    same = all(torch.equal(session.trained[name].detach(), value) for name, value in weights.items())
+    same = all(torch.equal(local(session.trained[name]), value) for name, value in weights.items())
     if same and session.model.unet.training:
         return []
     got = "the UNet stays in eval mode" if same else "the weights of training are replaced by their averages"
@@ -218,5 +219,14 @@ def _wrong(where: str, got: str, expected: str, why: str) -> Finding:
 
 
 def first_weights(session: Session, names: Sequence[str]) -> dict[str, Tensor]:
-    """Copies of some trained parameters."""
-    return {name: session.trained[name].detach().clone() for name in names}
+    """Copies of some trained parameters; of shards what this rank has of them, if anything."""
+    held = {name: local(session.trained[name]) for name in names}
+    return {name: value.clone() for name, value in held.items() if value.numel()}
+
+
+def _norm(session: Session, gradients: Sequence[Tensor]) -> float:
+    norms = [gradient.float().norm() for gradient in gradients] or [torch.zeros((), device=session.accelerator.device)]
+    square: Any = torch.stack(norms).square().sum()
+    if session.sharding:  # each rank has a part
+        square = session.accelerator.reduce(square, reduction="sum")
+    return float(square) ** 0.5
