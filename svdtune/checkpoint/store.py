@@ -122,6 +122,17 @@ def find_latest(checkpoints: Path) -> Latest:
     return Latest(None, tuple(skipped))
 
 
+def tidy(checkpoints: Path) -> None:
+    """Undo what a kill left half done, so that the newest whole folder has its name; for the one process that holds the run.
+
+    Raises CheckpointError when the disk is full or fails.
+    """
+    try:
+        _clean_up(checkpoints)
+    except OSError as error:
+        raise _disk_failed(checkpoints, error) from error
+
+
 def newest_first(checkpoints: Path) -> list[Path]:
     """Every folder that is or was a checkpoint, hidden ones below the named one of their step."""
     with reading(checkpoints):

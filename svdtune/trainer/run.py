@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.export import Base, export_run
+from svdtune.checkpoint.files import is_unfinished
 from svdtune.checkpoint.store import folder_name
 from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
@@ -66,7 +67,7 @@ def _run(session: Session, position: Position, resolved: str, wish: StopWish, wa
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     if main:
-        if trains or not folder.export.exists():
+        if trains or not folder.export.exists() or is_unfinished(folder.export):
             _export(session, position)
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))

@@ -1,6 +1,6 @@
 """A folder that behaves like a bucket mount, for one process, with a kill before its n-th change. Runs as a script too.
 
-python bucket.py publish KIND FOLDER      python bucket.py svdtune KIND FOLDER KILL_AT ARGUMENTS...
+python bucket.py publish KIND FOLDER      python bucket.py svdtune KIND FOLDER KILLED_BEFORE ARGUMENTS...
 
 A bucket knows objects alone: they appear whole when they are closed or copied, a folder is the common start of their names
 and vanishes with the last of them. What the mounts make of rename differs, see `KINDS`.
@@ -55,9 +55,12 @@ STRIDE = 37
 
 
 class Bucket:
-    """The patched calls: those below `root` act like `kind`, and the process ends before change number `kill_at`."""
+    """The patched calls: those below `root` act like `kind`, and the process ends before one change.
 
-    def __init__(self, root: Path, kind: Kind, kill_at: int | None) -> None:
+    `kill_at` is its number, or what it does: `copy run/checkpoints/step-00000002/trainer.json`.
+    """
+
+    def __init__(self, root: Path, kind: Kind, kill_at: int | str | None) -> None:
         self.root, self.kind, self.kill_at = str(root.resolve()) + "/", kind, kill_at
         self.changes = 0
 
@@ -72,8 +75,9 @@ class Bucket:
         os.open = self._os_open_over(os.open)
         shutil.copyfile = self._copyfile
 
-    def change(self) -> None:
-        if self.changes == self.kill_at:
+    def change(self, what: str, path: Any, dir_fd: int | None = None) -> None:
+        told = f"{what} {self.inside(path, dir_fd).removeprefix(self.root)}"
+        if self.kill_at in (self.changes, told):
             os._exit(KILLED)
         self.changes += 1
 
@@ -93,7 +97,7 @@ class Bucket:
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: Any, *arguments: Any, dir_fd: int | None = None, **options: Any) -> Any:
             if self.inside(path, dir_fd):
-                self.change()
+                self.change(function.__name__, path, dir_fd)
             return function(path, *arguments, dir_fd=dir_fd, **options)
 
         return wrapped
@@ -126,7 +130,7 @@ class Bucket:
 
     def _copy_object(self, source: Any, target: Any) -> None:
         """A copy in the bucket: it is there whole or not at all."""
-        self.change()
+        self.change("copy", target)
         hidden = Path(self.root.rstrip("/") + ".upload")
         hidden.write_bytes(Path(source).read_bytes())
         self.replace_for_real(hidden, target)
@@ -136,9 +140,9 @@ class Bucket:
         if not self.inside(target):
             return self.copyfile(source, target, **options)
         content = Path(source).read_bytes()
-        self.change()
+        self.change("write", target)
         Path(target).write_bytes(content[: len(content) // 2])
-        self.change()
+        self.change("copy", target)
         Path(target).write_bytes(content)
         return target
 
@@ -146,7 +150,7 @@ class Bucket:
         def wrapped(descriptor: int) -> None:
             path = self.inside(descriptor)
             if path:
-                self.change()
+                self.change("fsync", path)
                 if not self.kind.fsync and os.path.isdir(path):
                     self.refuse("EINVAL", path)
             else:
@@ -166,7 +170,7 @@ class Bucket:
     def _open_over(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
             if not isinstance(path, int) and self.inside(path) and mode.strip("bt") != "r":
-                self.change()
+                self.change("open", path)
                 if not self.kind.append and mode.startswith(("a", "r")) and os.path.exists(path):
                     self.refuse("EPERM", path)
             return real(path, mode, *arguments, **options)
@@ -283,14 +287,11 @@ def judge(checkpoints: Path, allowed: list[str | None], kills: list[int]) -> lis
     return [] if found in allowed and not skipped else [[kills, found, skipped, left]]
 
 
-def run_svdtune(kind: Kind, root: Path, kill_at: int | None, arguments: list[str]) -> None:
-    import atexit
-
+def run_svdtune(kind: Kind, root: Path, kill_at: str | None, arguments: list[str]) -> None:
     from svdtune.cli import main
 
-    bucket = Bucket(root, kind, kill_at)
-    bucket.mount()
-    atexit.register(lambda: print(f"changes: {bucket.changes}", file=sys.stderr))
+    forget_empty_folders(root)
+    Bucket(root, kind, kill_at).mount()
     sys.argv = ["svdtune", *arguments]
     main()
 
@@ -300,4 +301,4 @@ if __name__ == "__main__":
     if verb == "publish":
         print(json.dumps(at_every_change(KINDS[name], Path(folder))))
     else:
-        run_svdtune(KINDS[name], Path(folder), int(rest[0]) if rest[0] != "-" else None, rest[1:])
+        run_svdtune(KINDS[name], Path(folder), rest[0] or None, rest[1:])
