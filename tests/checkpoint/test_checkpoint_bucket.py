@@ -83,7 +83,7 @@ def test_a_run_on_a_bucket_that_is_killed_again_and_again_ends_as_one_that_was_n
     run = tmp_path / "run"
     assert losses(run) == losses(uninterrupted)
     assert list(losses(run)) == [1, 2, 3]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not [path.name for path in run.glob("checkpoints/.*")]
     for file in ("lora.safetensors", "optimizer.safetensors"):
         path = Path("checkpoints/step-00000003") / file
         assert (run / path).read_bytes() == (uninterrupted / path).read_bytes()
