@@ -283,3 +283,25 @@ def test_where_folders_cannot_be_renamed_the_manifest_is_copied_last(tmp_path, m
     assert sorted(copied[:2]) == ["trainer.json", "unet.safetensors"]
     assert copied[2:] == ["MANIFEST.json"]
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_where_folders_cannot_be_renamed_a_delete_is_marked_by_a_file_before_it_begins(tmp_path, monkeypatch):
+    older = publish_step(tmp_path, 1)
+    marked = []
+    real, delete = os.replace, store._delete
+
+    def refuse(source, target):
+        if Path(source) == older:
+            raise failure("EMFILE")
+        real(source, target)
+
+    def watch(folder):
+        if folder == older:
+            marked.append(names(files.partial_name(older)))  # a bucket has no empty folders
+        delete(folder)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(store, "_delete", watch)
+    publish_step(tmp_path, 2)
+    assert marked == [["deleted"]]
+    assert names(tmp_path) == ["step-00000002"]
