@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from svdtune import __version__
-from svdtune.checkpoint.files import USE_ANOTHER, load_json, save_json
+from svdtune.checkpoint.files import MANIFEST, USE_ANOTHER, load_json, reading, save_json
 from svdtune.errors import CheckpointError
 
-MANIFEST = "MANIFEST.json"
 FORMAT = 1
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -78,7 +77,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read MANIFEST.json without looking at the files it lists. Raises CheckpointError when it is no manifest of ours."""
-    path = folder / MANIFEST
+    with reading(folder / MANIFEST):
+        return _read(folder, folder / MANIFEST)
+
+
+def _read(folder: Path, path: Path) -> Manifest:
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected a checkpoint folder, got {'a file' if folder.exists() else 'nothing'}."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from svdtune.checkpoint.files import move_file
 from svdtune.config.load import load_config
 from svdtune.config.schema import Config
 from svdtune.errors import ConfigError, PreflightError, SvdtuneError, UsageError
@@ -118,7 +118,7 @@ def write_report(config: Config, report: Report) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(report.as_json(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / "preflight.json")
+        move_file(partial, folder / "preflight.json")
     except OSError as error:
         print(f"preflight.json was not written: {error}", file=sys.stderr)
 

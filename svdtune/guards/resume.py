@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from svdtune.checkpoint.files import reading
 from svdtune.checkpoint.manifest import read_manifest
+from svdtune.checkpoint.store import is_leftover, newest_first
 from svdtune.config.schema import Config
 from svdtune.errors import CheckpointError, ModelError
 from svdtune.guards.findings import Finding
@@ -23,9 +25,10 @@ def check_resume(config: Config, trained: Mapping[str, Any]) -> list[Finding]:
 
     Reads manifests, file sizes and one header; contents are hashed when training resumes.
     """
-    folders = sorted((Path(config.run.dir) / config.run.name / "checkpoints").glob("step-*"), reverse=True)
-    problems = {folder: problem for folder in folders if (problem := _damage(folder))}
-    whole = next((folder for folder in folders if folder not in problems), None)
+    folders = newest_first(Path(config.run.dir) / config.run.name / "checkpoints")
+    damaged = {folder: problem for folder in folders if (problem := _damage(folder))}
+    problems = {folder: problem for folder, problem in damaged.items() if not is_leftover(folder)}
+    whole = next((folder for folder in folders if folder not in damaged), None)
     found = [_damaged(folder, problem, whole) for folder, problem in problems.items()]
     if whole:
         found += [*_other_parameters(config, whole, trained), *_other_base(config, whole), *_finished(config, whole)]
@@ -72,9 +75,14 @@ def _other_base(config: Config, folder: Path) -> list[Finding]:
 def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint as far as sizes show, or nothing."""
     try:
-        manifest = read_manifest(folder)
+        with reading(folder):
+            return _wrong_size(folder)
     except CheckpointError as error:
         return str(error)
+
+
+def _wrong_size(folder: Path) -> str:
+    manifest = read_manifest(folder)
     for name, facts in manifest.files.items():
         path = folder / name
         size = path.stat().st_size if path.is_file() else None

@@ -11,6 +11,8 @@ from unicodedata import combining, normalize
 
 import numpy as np
 
+from svdtune.checkpoint.files import move_file
+
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
@@ -134,6 +136,6 @@ def _save(path: Path, sheet: Image.Image) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         sheet.save(partial, format="PNG")
-        os.replace(partial, path)
+        move_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)

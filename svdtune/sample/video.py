@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from svdtune.checkpoint.files import partial_name, swap_in
+from svdtune.checkpoint.files import move_file, partial_name, swap_in
 from svdtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def write_mp4(path: str | os.PathLike[str], frames: np.ndarray, fps: float, *, c
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         _encode(partial, _pad_to_even(frames), _rate(fps), comment)
-        os.replace(partial, path)
+        move_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.export import Base, export_run
+from svdtune.checkpoint.files import is_unfinished
 from svdtune.checkpoint.store import folder_name
 from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
@@ -87,7 +88,8 @@ def _run(session: Session, position: Position, resolved: str, status: Status, wa
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
     status.when = "after the last step"
-    if broadcast_object_list([main and (trains or not folder.export.exists())])[0]:
+    exports = trains or not folder.export.exists() or is_unfinished(folder.export)
+    if broadcast_object_list([exports])[0]:  # the main process's answer
         _export(session, position)
     if main:
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}

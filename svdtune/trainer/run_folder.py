@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from svdtune.checkpoint.files import save_json, write_text
 from svdtune.errors import UsageError
+from svdtune.trainer.lock import held
+
+_log = logging.getLogger(__name__)
+_NO_APPEND = (errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 State = Literal["starting", "training", "done", "failed", "stopped", "diverged"]
 ENDED = ("done", "failed", "stopped", "diverged")
@@ -61,20 +67,19 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the run folder. The kernel frees the lock when its process dies, so a stale lock file is harmless.
 
-        Raises UsageError naming process and host of the owner.
+        Raises UsageError naming process and host of the owner. A mount without locks is a warning.
         """
-        # filelock 4 lets go of the lock in forked children; otherwise loader workers would hold it after a kill
-        lock, owner = FileLock(self.path / ".lock", timeout=0), self.path / ".lock.json"
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UsageError(_in_use(self.path, _read_object(owner))) from None
-        try:
+        owner = self.path / ".lock.json"
+        with ExitStack() as stack:
+            try:
+                locked = stack.enter_context(held(self.path / ".lock", timeout=0))
+            except Timeout:
+                raise UsageError(_in_use(self.path, _read_object(owner))) from None
+            if not locked:
+                _log.warning(_no_lock(self.path, _read_object(owner)))
             save_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
+            stack.callback(owner.unlink, missing_ok=True)
             yield
-        finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
 
     def write_config(self, text: str, resolved: str) -> None:
         """Write config.yaml as the person wrote it, and config.resolved.yaml with defaults and overrides."""
@@ -88,7 +93,7 @@ class RunFolder:
         once: ranks that fail because one stopped, or a main thread that goes on a little, do not take its place.
         """
         # Any rank may tell its end, and so may the thread that hears signals.
-        with FileLock(self.path / ".status.lock", timeout=_STATUS_SECONDS):
+        with held(self.path / ".status.lock", timeout=_STATUS_SECONDS):
             known = {} if state == "starting" else self.status()
             if known.get("state") in ENDED:
                 return
@@ -108,8 +113,8 @@ class RunFolder:
         _append(self.path / "findings.jsonl", [json.dumps(finding, ensure_ascii=False)])
 
     def beat(self) -> None:
-        """Touch the heartbeat file: its age tells a watcher how long ago a step, a sampler step or a held-out clip ended."""
-        (self.path / "heartbeat").touch()
+        """Renew the heartbeat file: its age tells a watcher how long ago a step, a sampler step or a held-out clip ended."""
+        (self.path / "heartbeat").write_text(now())  # a mounted bucket sets no time without new content
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines after `step` (they will be written again) and a line that a kill cut short."""
@@ -130,6 +135,17 @@ class RunFolder:
 def _append(path: Path, lines: list[str]) -> None:
     if not lines:
         return
+    try:
+        _append_in_place(path, lines)
+    except OSError as error:
+        if error.errno not in _NO_APPEND:
+            raise
+        # some mounted buckets write whole files only
+        before = [line for line in _lines(path) if line] if path.exists() else []
+        write_text(path, "".join(f"{line}\n" for line in [*before, *lines]))
+
+
+def _append_in_place(path: Path, lines: list[str]) -> None:
     with open(path, "a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -151,17 +167,28 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty when there is none, since this file only informs."""
+    """The JSON object in `path`; empty when there is none that can be read, since this file only informs."""
     try:
-        return _parse(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
+        return _parse(path.read_text(encoding="utf-8", errors="replace")) or {}
+    except OSError:
         return {}
 
 
-def _in_use(path: Path, owner: dict[str, Any]) -> str:
-    who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if "pid" in owner else "another process"
+def _no_lock(path: Path, owner: dict[str, Any]) -> str:
+    last = f" The last one was {_who(owner)}, which may have ended without a word." if owner else ""
     return (
-        f"{path}: the run folder is in use by {who}. Two trainings would overwrite each other's checkpoints: "
+        f"{path}: this file system has no locks, as mounted buckets often have none, so nothing stops a second training "
+        f"in this folder: start one at a time.{last}"
+    )
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']} since {owner['since']}" if "pid" in owner else "another process"
+
+
+def _in_use(path: Path, owner: dict[str, Any]) -> str:
+    return (
+        f"{path}: the run folder is in use by {_who(owner)}. Two trainings would overwrite each other's checkpoints: "
         "wait for it, stop it, or set another run.name."
     )
 

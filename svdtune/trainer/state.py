@@ -18,7 +18,7 @@ from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.files import load_json, save_json
 from svdtune.checkpoint.manifest import read_manifest
 from svdtune.checkpoint.optimizer import OptimizerState, load_optimizer, optimizer_state, write_optimizer
-from svdtune.checkpoint.store import find_latest, publish
+from svdtune.checkpoint.store import find_latest, publish, tidy
 from svdtune.checkpoint.tensors import whole
 from svdtune.errors import CheckpointError
 from svdtune.trainer.build import Session
@@ -166,6 +166,7 @@ def _find(session: Session) -> tuple[Path | None, list[str]]:
     """The main process reads and hashes the checkpoints once; the others take its choice."""
     found: list[Any] = [None]
     if session.accelerator.is_main_process:
+        tidy(session.folder.checkpoints)
         latest = find_latest(session.folder.checkpoints)
         found = [(latest.folder, list(latest.skipped), _other_base(session, latest.folder))]
     folder, skipped, problem = broadcast_object_list(found)[0]

@@ -223,8 +223,12 @@ def test_other_errors_of_the_disk_are_not_called_full(tmp_path):
     def write(folder):
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(CheckpointError) as caught:
         publish_step(tmp_path, 1, write=write)
+    assert str(caught.value) == (
+        f"{tmp_path / 'step-00000001'}: the checkpoint could not be written: [Errno 5] Input/output error. Earlier checkpoints "
+        "are untouched. See to the disk or mount of run.dir; the same command then resumes from the newest whole one."
+    )
 
 
 def flip_a_bit(folder: Path) -> None:

@@ -63,6 +63,13 @@ def test_a_cut_checkpoint_is_told(trained):
     assert "No checkpoint of this run is left" in found.why
 
 
+def test_half_of_a_rename_that_a_kill_cut_short_is_no_damage_where_the_other_name_is_whole(trained):
+    folder = checkpoint(trained())
+    shutil.copytree(folder, folder.with_name(f".{folder.name}.partial"))
+    (folder / "lora.safetensors").unlink()
+    assert findings(trained()) == []
+
+
 def test_a_finished_run_is_told(trained):
     [found] = findings(trained("train.steps=1"))
     assert (found.code, found.severity) == ("CFG120", "warning")
