@@ -68,7 +68,6 @@ open_image() {
     mapfile -t entrypoint < <(configured '{{range .Docker.Config.Entrypoint}}{{println .}}{{end}}')
     workdir=$(configured '{{.Docker.Config.WorkingDir}}')
     user=$(configured '{{.Docker.Config.User}}')
-    environment+=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}") # fewer on a machine that is busy with other things
     mkdir -p "$root"
     [ "$user" = 1000:1000 ] || fail "USER is $user"
     [ "$(configured '{{.Docker.Config.StopSignal}}')" = SIGTERM ] || fail "STOPSIGNAL is not SIGTERM"

@@ -77,6 +77,11 @@ def line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def rest(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.read()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -93,12 +98,16 @@ def test_svdtune_is_meant_where_no_program_is(programs, arguments, said):
 
 
 def test_programs_of_the_image_run_as_they_are(programs):
-    done = subprocess.run([ENTRY, "sh", "-c", "echo $0 $1; exit 3", "a", "b"], env=programs, capture_output=True, text=True)
+    done = subprocess.run(
+        [ENTRY, "sh", "-c", "echo $0 $1; exit 3", "a", "b"], env=programs, capture_output=True, text=True
+    )
     assert (done.stdout, done.returncode) == ("a b\n", 3)
 
 
 def test_image_without_svdtune_says_so():
-    done = subprocess.run([sys.executable, ENTRY], env={"PATH": "/nowhere"}, capture_output=True, text=True, timeout=LONG)
+    done = subprocess.run(
+        [sys.executable, ENTRY], env={"PATH": "/nowhere"}, capture_output=True, text=True, timeout=LONG
+    )
     assert done.returncode == 1
     assert done.stderr == "error: svdtune: cannot be started: No such file or directory\n"
 
@@ -123,7 +132,7 @@ def test_stays_until_the_trainer_of_a_killed_launcher_has_saved():
         assert line(process) == "training"
         process.send_signal(signal.SIGTERM)
         assert process.wait(LONG) == 143
-        assert process.stdout.read() == "saving\nsaved\n"
+        assert rest(process) == "saving\nsaved\n"
 
 
 def test_stays_also_when_the_launcher_dies_of_something_else():
@@ -132,7 +141,7 @@ def test_stays_also_when_the_launcher_dies_of_something_else():
         (launcher,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(launcher), signal.SIGKILL)
         assert process.wait(LONG) == 137
-        assert process.stdout.read() == "saving\nsaved\n"
+        assert rest(process) == "saving\nsaved\n"
 
 
 def test_second_signal_ends_it_while_the_trainer_saves():

@@ -29,7 +29,9 @@ def final_stage(text: str) -> dict[str, str]:
 
 def scripts() -> list[Path]:
     """Every shell script of docker/, scripts/ and .ci/."""
-    files = [path for folder in ("docker", "scripts", ".ci") for path in sorted((ROOT / folder).iterdir()) if path.is_file()]
+    files = [
+        path for folder in ("docker", "scripts", ".ci") for path in sorted((ROOT / folder).iterdir()) if path.is_file()
+    ]
     return [path for path in files if path.suffix == ".sh" or path.read_bytes().startswith(b"#!/usr/bin/env bash")]
 
 
