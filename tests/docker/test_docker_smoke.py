@@ -29,6 +29,6 @@ def test_smoke_makes_a_checkpoint_an_export_and_a_video(tmp_path):
 def test_smoke_ends_at_the_first_that_fails(tmp_path):
     done = smoke(tmp_path, "train.lr=fast")
     assert done.returncode == 2
-    assert "train.lr" in done.stderr
+    assert "train.lr" in done.stdout
     assert "smoke: ok" not in done.stdout
     assert not (tmp_path / "runs").exists()
