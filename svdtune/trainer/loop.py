@@ -131,8 +131,8 @@ def update(session: Session, accumulated: Accumulated, *, stop: bool) -> tuple[f
     """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
-    # Of shards it is a part too, until it is summed.
-    grad_norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))).to(accelerator.device)
+    grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
+    grad_norm = whole(grad_norm).to(accelerator.device)  # of shards each rank has a part of it too
     report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm, stop=stop)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
