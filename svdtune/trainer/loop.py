@@ -22,7 +22,6 @@ from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session
 from svdtune.trainer.metrics import StepReport, any_rank, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
-from svdtune.trainer.sharding import unsynced
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
@@ -116,7 +115,7 @@ def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
         draws = draws_for(batch, parts.facts, config)
         batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
         last = micro == config.train.accumulation - 1
-        with nullcontext() if last else unsynced(session):
+        with nullcontext() if last else session.unsynced():
             result = train_step(parts, batch, draws)
             accelerator.backward(result.loss / config.train.accumulation)
         losses.append(result.loss_per_clip.detach())
