@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
+from svdtune.engine import BLOCKS
 from svdtune.guards.findings import Finding
 
 GIB = 2**30
@@ -82,12 +83,29 @@ class Estimate:
         return {**gib, **against, "trained_parameters": self.trained_parameters}
 
 
-def estimate(config: Config, networks: Iterable[torch.nn.Module], trained: Iterable[Tensor], step: int) -> Estimate:
-    """The rehearsed step's peak in bytes, and what is resident around it."""
-    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    count = sum(parameter.numel() for parameter in trained)
+def estimate(
+    config: Config, networks: Sequence[nn.Module], trained: Iterable[Tensor], step: int, *, shards: int = 1
+) -> Estimate:
+    """The rehearsed step's peak in bytes, and what is resident around it, in one process.
+
+    With FSDP2 the first network, the UNet, is divided into `shards`, and so are its gradients, which `step` has whole.
+    """
+    weights = [sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks]
+    parameters = list(trained)
+    count = sum(parameter.numel() for parameter in parameters)
     state = _STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
-    return Estimate(sum(t.nbytes for t in tensors), count * state, step, count)
+    if shards > 1:
+        weights[0] = weights[0] // shards + _gathered(networks[0])
+        step -= sum(parameter.nbytes for parameter in parameters) * (shards - 1) // shards
+    return Estimate(sum(weights), count * state // shards, max(0, step), count)
+
+
+def _gathered(unet: nn.Module) -> int:
+    """What is whole at once: all that is in no block, and two blocks, of which one computes and the next is on its way."""
+    blocks = [module for module in unet.modules() if type(module).__name__ in BLOCKS]
+    sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
+    rest = sum(parameter.nbytes for parameter in unet.parameters()) - sum(sizes)
+    return rest + sum(sorted(sizes)[-2:])
 
 
 def device_bytes(given: int | None) -> int | None:

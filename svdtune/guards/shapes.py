@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
 from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, require, specs
+from svdtune.engine import sharding
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
 from svdtune.guards.memory import ASKS_DEVICE, Estimate, LiveStorages, estimate
@@ -26,6 +27,7 @@ from svdtune.guards.place import place_of
 from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
 from svdtune.guards.told import plain, told, told_arguments
+from svdtune.launch import world_size
 from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
@@ -139,7 +141,8 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
         return Rehearsal([*findings, *failed])
     findings += _without_gradient(built.trained)
     networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
-    needed = estimate(config, networks, built.trained.values(), storages.peak)
+    shards = world_size() if sharding() else 1
+    needed = estimate(config, networks, built.trained.values(), storages.peak, shards=shards)
     # Recomputing the blocks again would show nothing new and take a quarter of the time.
     with kept(built.parts.unet):
         return Rehearsal([*findings, *_hidden(built)], needed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.run_folder import RunFolder
-from svdtune.trainer.sharding import require_shardable, shard
+from svdtune.trainer.sharding import accumulating, require_shardable, shard
 from svdtune.trainer.step import Parts
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ class Session:
         """Clips that one optimizer step sees, over all ranks."""
         train = self.config.train
         return train.batch_size * train.accumulation * self.accelerator.num_processes
+
+    def unsynced(self) -> AbstractContextManager[Any]:
+        """Backward passes inside add to the gradients of this rank, and average nothing."""
+        return accumulating(self.model.unet) if self.sharding else self.accelerator.no_sync(self.parts.unet)
 
 
 def make_accelerator(config: Config) -> Accelerator:

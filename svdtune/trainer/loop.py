@@ -23,7 +23,6 @@ from svdtune.trainer.agreement import Agreement, Halt, agree
 from svdtune.trainer.build import PATIENCE, Session
 from svdtune.trainer.metrics import StepReport, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
-from svdtune.trainer.sharding import unsynced
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
@@ -174,7 +173,7 @@ def accumulate(
         draws = draws_for(batch, parts.facts, config)
         batch, draws = move(batch, accelerator.device), move(draws, accelerator.device)
         last = micro == config.train.accumulation - 1
-        with nullcontext() if last else unsynced(session):
+        with nullcontext() if last else session.unsynced():
             result = train_step(parts, batch, draws)
             accelerator.backward(result.loss / config.train.accumulation)
         losses.append(result.loss_per_clip.detach())
@@ -189,8 +188,8 @@ def update(session: Session, accumulated: Accumulated) -> tuple[float, StepRepor
     """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
-    # Of shards it is a part too, until it is summed.
-    grad_norm = whole(torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))).to(accelerator.device)
+    grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
+    grad_norm = whole(grad_norm).to(accelerator.device)  # of shards each rank has a part of it too
     report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -19,9 +19,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from svdtune.config.schema import Train
 from svdtune.engine import BLOCKS, Sharding
 from svdtune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from svdtune.trainer.build import Session
 
 
 def require_shardable(config: Train) -> None:
@@ -55,18 +52,8 @@ def shard(
 
 
 @contextmanager
-def unsynced(session: Session) -> Iterator[None]:
-    """Backward passes inside add to the gradients of this rank, and average nothing."""
-    if session.sharding is None:
-        with session.accelerator.no_sync(session.parts.unet):
-            yield
-        return
-    with _accumulating(session.model.unet):
-        yield
-
-
-@contextmanager
-def _accumulating(unet: nn.Module) -> Iterator[None]:
+def accumulating(unet: nn.Module) -> Iterator[None]:
+    """Backward passes inside add to whole gradients on this rank, and average nothing."""
     root: Any = unet
     root.set_requires_gradient_sync(False)
     try:
@@ -91,7 +78,7 @@ def gathered(unet: nn.Module, sharding: Sharding | None) -> Iterator[None]:
     for part in parts:
         part.unshard()
     try:
-        with _accumulating(unet):
+        with accumulating(unet):
             yield
     finally:
         for part in parts:

@@ -241,13 +241,22 @@ def test_a_run_for_a_rented_card_is_not_refused_for_what_this_machine_lacks(monk
     assert "ENV008" in [f.code for f in check_environment(made, for_a_card=True)]
 
 
-@pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
-def test_an_engine_that_an_accelerate_config_left_behind(monkeypatch, engine):
+def test_an_engine_that_an_accelerate_config_left_behind(monkeypatch):
+    engine = "ACCELERATE_USE_DEEPSPEED"
     monkeypatch.setenv(engine, "false")
     assert check_environment(None) == []
     monkeypatch.setenv(engine, "true")
     [found] = check_environment(None)
     assert (found.code, found.severity, found.where, found.got) == ("ENV016", "error", engine, f"{engine}=true")
+    assert found.fix.startswith(f"Run `unset {engine}`")
+
+
+def test_fsdp2_is_ours_and_other_fsdp_is_not(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    [found] = check_environment(None)
+    assert (found.code, found.where, found.got, found.expected) == ("ENV016", "FSDP_VERSION", "FSDP_VERSION=1", "2")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert check_environment(None) == []
 
 
 def test_more_threads_than_cores(monkeypatch):

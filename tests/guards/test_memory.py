@@ -49,6 +49,21 @@ def test_optimizer_and_average_are_counted(tiny):
     assert lora.optimizer < adamw.optimizer / 2
 
 
+def test_shards_divide_what_is_held_and_not_what_is_computed(tiny, monkeypatch):
+    """FSDP2 on four processes: a quarter of the UNet, its gradients and the optimizer's state, and two blocks that are whole."""
+    alone = rehearse(tiny("adapt.method=full", "train.ema=true")).needed
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    shared = rehearse(tiny("adapt.method=full", "train.ema=true")).needed
+    assert shared.optimizer == alone.optimizer // 4
+    gradients = 4 * alone.trained_parameters
+    assert shared.step == alone.step - gradients * 3 // 4
+    assert alone.weights / 4 < shared.weights < alone.weights
+    assert shared.trained_parameters == alone.trained_parameters
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert rehearse(tiny("adapt.method=full", "train.ema=true")).needed == alone
+
+
 def test_a_device_that_is_large_enough_is_silent(tiny):
     assert check_memory(tiny(), Estimate(1, 1, 1, 1), 3) == []
     assert check_memory(tiny(), Estimate(1, 1, 1, 1), None) == []

@@ -153,7 +153,7 @@ GRADIENTS = [
           overrides=("memory.checkpointing=diffusers",)),
     _live("checkpoints hold rounded weights", "own", "state.save_trained", ("dict(named_parameters)",
         "{n: p.bfloat16().float() for n, p in dict(named_parameters).items()}")),
-    _live("checkpoints are loaded and not used", "own", "state._copy_exactly", ("target.copy_(saved[name])", "pass")),
+    _live("checkpoints are loaded and not used", "own", "state._copy_exactly", ("target.copy_(shared_out(saved[name], target))", "pass")),
     _live("trained weights in bfloat16, updates rounded away", "M01", "build.prepare_networks",
           ("    return trained", "    for p in trained.values():\n        p.data = p.data.bfloat16()\n    return trained"),
           overrides=("adapt.method=full", "train.precision=bf16", "train.lr=1e-5")),
