@@ -186,6 +186,13 @@ def test_cut_in_mid_accumulation_and_resumed_equals_uninterrupted(at):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_ended_in_loading_the_newest_checkpoint_is_named(at):
+    checkpoint = at("", "r", *EIGHT[1:], "train.steps=1").run / "checkpoints" / "step-00000001"
+    ended = at("loading", "r", *EIGHT[1:], "train.steps=2")
+    assert (ended.code, ended.status["checkpoint"]) == (143, str(checkpoint)), ended.err
+    assert f"before training began. The newest checkpoint is {checkpoint}" in ended.status["reason"]
+
+
 def test_before_the_first_update_there_is_nothing_to_save(at):
     ended = at("first micro-step", "r", *EIGHT)
     assert (ended.code, ended.status["state"], ended.status["exit_code"]) == (143, "stopped", 143), ended.err
@@ -237,7 +244,7 @@ def test_a_main_thread_that_stays_away_does_not_hold_the_process(at):
     assert (ended.code, ended.status["state"], ended.status["exit_code"]) == (143, "stopped", 143), ended.err
     assert "not saved: " in ended.status["reason"]
     assert "still in signalled_and_stuck (" in ended.status["reason"]
-    assert "There is no checkpoint of it yet" in ended.status["reason"]
+    assert "There is no checkpoint yet" in ended.status["reason"]
 
 
 def test_a_second_signal_ends_at_once(at):
