@@ -89,7 +89,7 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
         if session.accelerator.is_main_process:
             run.validator.sheet(run.position.step)
         return run.position
-    session.optimizer.zero_grad(set_to_none=True)  # of micro-steps that the resumed run makes again
+    session.optimizer.zero_grad(set_to_none=True)  # the resumed run makes those micro-steps again
     if run.position.step != run.saved:
         _save(run)
     _tell_step(run)
