@@ -64,6 +64,10 @@ class PreflightError(SvdtuneError):
     exit_code = 3
 
 
+class Refused(PreflightError):
+    """What watches a running training ended it, on every rank; the checkpoint is saved."""
+
+
 class Diverged(SvdtuneError):
     """Loss or gradient became non-finite; no update was made from it."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from svdtune import launch
@@ -26,7 +28,17 @@ def early(config: Config) -> Iterator[None]:
             leave(f"stopped by {name} before training began. Run the same command again to start.")
 
     with ends_at_once(end):
+        _start_tracker()
         yield
+
+
+def _start_tracker() -> None:
+    """multiprocessing's helper keeps blocked what is blocked when it starts; a SIGUSR1 to the whole group would kill it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tell(config: Config, name: str) -> None:

@@ -17,7 +17,7 @@ from svdtune.checkpoint.tensors import whole
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
-from svdtune.errors import Diverged, PreflightError, Stopped
+from svdtune.errors import Diverged, Refused, Stopped
 from svdtune.trainer import state, tracking
 from svdtune.trainer.agreement import Agreement, Halt, agree
 from svdtune.trainer.build import PATIENCE, Session
@@ -72,7 +72,7 @@ class Run:
 def run_loop(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> Position:
     """Train from `position` to `train.steps`; `resolved` is the YAML that checkpoints carry.
 
-    Raises Diverged (no update made), Stopped or PreflightError (asked for by a signal or by `watch`; checkpoint saved).
+    Raises Diverged (no update made), Stopped or Refused (asked for by a signal or by `watch`; checkpoint saved).
     """
     config = session.config
     progress = Progress(
@@ -90,12 +90,12 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
         if session.accelerator.is_main_process:
             run.validator.sheet(run.position.step)
         return run.position
-    session.optimizer.zero_grad(set_to_none=True)  # of micro-steps that the resumed run makes again
+    session.optimizer.zero_grad(set_to_none=True)  # the resumed run makes those micro-steps again
     if run.position.step != run.saved:
         _save(run)
     _tell_step(run)
     said = _where_it_stopped(halted.name, position, run.position)
-    raise PreflightError(said) if halted.refused else Stopped(said, halted.name)
+    raise Refused(said) if halted.refused else Stopped(said, halted.name)
 
 
 def _train(run: Run) -> None:

@@ -18,7 +18,7 @@ from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.data.catalog import scan
-from svdtune.errors import PreflightError, Stopped, SvdtuneError
+from svdtune.errors import Refused, Stopped, SvdtuneError
 from svdtune.model.source import part_weights
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
@@ -83,7 +83,7 @@ def _run(session: Session, position: Position, resolved: str, status: Status, wa
         try:
             with listen(status.end) as wish:
                 position = run_loop(session, position, resolved, wish, watch)
-        except (Stopped, PreflightError) as error:
+        except (Stopped, Refused) as error:
             return error.with_traceback(None)  # which would keep the networks
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")

@@ -42,15 +42,13 @@ class Status:
     def end(self, name: str, why: str = "") -> None:
         """End the process for signal `name`; called from the thread that heard it."""
         why = why or f"stopped by {name} {self.when}"
-        why = f"{why}. {self._checkpoint()} Run the same command again to go on."
+        newest = max((path.parent for path in self.folder.checkpoints.glob("step-*/MANIFEST.json")), default=None)
+        saved = f"The newest checkpoint is {newest}" if newest else "There is no checkpoint yet"
+        why = f"{why}. {saved}. Run the same command again to go on."
         try:
-            self.ended("stopped", EXIT_CODE, why, signal=name)
+            self.ended("stopped", EXIT_CODE, why, signal=name, checkpoint=newest and str(newest))
         finally:
             leave(why)
-
-    def _checkpoint(self) -> str:
-        checkpoint = self.folder.status().get("checkpoint")
-        return f"The last checkpoint is {checkpoint}." if checkpoint else "There is no checkpoint of it yet."
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def interrupted():
 
 def in_sampling():
     step = validate.Validator._on_step
-    validate.Validator._on_step = after(4, step, signalled)
+    validate.Validator._on_step = after(8, step, signalled)
 
 
 PLACES = {

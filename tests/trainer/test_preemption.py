@@ -186,6 +186,13 @@ def test_cut_in_mid_accumulation_and_resumed_equals_uninterrupted(at):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_ended_in_loading_the_newest_checkpoint_is_named(at):
+    checkpoint = at("", "r", *EIGHT[1:], "train.steps=1").run / "checkpoints" / "step-00000001"
+    ended = at("loading", "r", *EIGHT[1:], "train.steps=2")
+    assert (ended.code, ended.status["checkpoint"]) == (143, str(checkpoint)), ended.err
+    assert f"before training began. The newest checkpoint is {checkpoint}" in ended.status["reason"]
+
+
 def test_before_the_first_update_there_is_nothing_to_save(at):
     ended = at("first micro-step", "r", *EIGHT)
     assert (ended.code, ended.status["state"], ended.status["exit_code"]) == (143, "stopped", 143), ended.err
@@ -205,14 +212,22 @@ def test_resumed_and_stopped_at_once_writes_no_second_checkpoint(at):
 
 
 def test_sampling_is_cut_short_and_leaves_no_half_videos(at):
-    sampled = ["validation.samples=2", "validation.inference_steps=2", "validation.interval=1", "data.holdout=0.3"]
-    ended = at(
-        "sampling", "r", *EIGHT, *sampled
-    )  # after the two videos of step 0, in the first video of step 1 would be 5
+    sampled = ["validation.samples=2", "validation.inference_steps=6", "validation.interval=1", "data.holdout=0.3"]
+    ended = at("sampling", "r", *EIGHT, *sampled)  # in the second of the two videos of step 0
     assert (ended.code, ended.status["state"]) == (143, "stopped"), ended.err
     assert "before the first update" in ended.status["reason"]
     assert len(list((ended.run / "samples").rglob("*.mp4"))) == 1
     assert not list((ended.run / "samples").rglob("*.partial"))
+
+
+def test_the_main_process_is_cut_in_sampling_while_the_other_waits(command, tmp_path):
+    held_out = ["data.holdout=0.3", "validation.clips=2", "validation.samples=1", "validation.inference_steps=5000"]
+    ended = stop(command("r", *LONG, *held_out, launcher=TORCHRUN), tmp_path / "r", to_launcher(signal.SIGTERM))
+    print(f"\nin sampling: {ended.seconds:.1f} s from the signal to the end")
+    assert ended.seconds < SECONDS
+    assert (ended.status["state"], ended.status["exit_code"]) == ("stopped", 143), ended.err[-3000:]
+    assert "stopped by SIGTERM before the first update" in ended.status["reason"]
+    assert not list(ended.run.rglob("*.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +252,7 @@ def test_a_main_thread_that_stays_away_does_not_hold_the_process(at):
     assert (ended.code, ended.status["state"], ended.status["exit_code"]) == (143, "stopped", 143), ended.err
     assert "not saved: " in ended.status["reason"]
     assert "still in signalled_and_stuck (" in ended.status["reason"]
-    assert "There is no checkpoint of it yet" in ended.status["reason"]
+    assert "There is no checkpoint yet" in ended.status["reason"]
 
 
 def test_a_second_signal_ends_at_once(at):
