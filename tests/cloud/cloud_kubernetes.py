@@ -122,7 +122,7 @@ def _upload_problems(upload: dict[str, Any], pod: dict[str, Any]) -> list[str]:
 
 def _command_problems(text: str, container: dict[str, Any]) -> list[str]:
     lines = [" ".join(words) for words in commands(text)]
-    secret = container["env"][0]["valueFrom"]["secretKeyRef"]
+    secret = container["env"][0].get("valueFrom", {}).get("secretKeyRef", {"name": None, "key": None})
     expected = {
         f"kubectl create secret generic {secret['name']} --from-literal={secret['key']}=${secret['key']}": "the secret",
         "kubectl cp clips upload:/data": "the clips",

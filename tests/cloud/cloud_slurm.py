@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -60,22 +61,19 @@ def problems(doc: str) -> list[str]:
 
 
 def options(text: str) -> dict[str, str]:
-    """The #SBATCH lines that sbatch reads: those before the first command."""
-    found = {}
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            break
-        if line.startswith("#SBATCH "):
-            name, _, value = line.removeprefix("#SBATCH --").partition("=")
-            found[name] = value
-    return found
+    """Of the #SBATCH lines that sbatch reads: those before the first command."""
+    header = itertools.takewhile(lambda line: not line or line.startswith("#"), text.splitlines())
+    words = [word for line in header if line.startswith("#SBATCH ") for word in line.split()[1:]]
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    return {name: value for name, _, value in pairs}
 
 
 def _option_problems(text: str) -> list[str]:
     given = options(text)
     told = [f"sbatch has no --{name}" for name in given if name not in _KNOWN]
-    if text.count("#SBATCH ") != len(given):
-        told.append("an #SBATCH line stands twice or below the first command, where sbatch does not look")
+    written = " ".join(line for line in text.splitlines() if line.startswith("#SBATCH ")).split()
+    if len(given) != sum(word.startswith("--") for word in written):
+        told.append("an #SBATCH option stands twice, or below the first command, where sbatch does not look")
     name, _, seconds = given.get("signal", "").partition("@")
     checks = {
         "--signal is not USR1 to the steps (no B:)": name == "USR1",

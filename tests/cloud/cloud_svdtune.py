@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from cloud_doc import DOC, ROOT, shell_blocks, shellcheck, trainings
+from cloud_doc import ROOT, shell_blocks, shellcheck, trainings
 
 from svdtune.config.load import load_config, option_types
 from svdtune.errors import ConfigError
@@ -17,6 +17,7 @@ _SECTIONS = {name.split(".")[0] for name in option_types()}
 _ROW = re.compile(r"^\| ([\d, ]+) \| (?:`(\w+)`)?", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)]+)\)")
 _FILE = re.compile(r"\b(?:docker|configs|scripts)/[\w./-]*\w")
+_FIELDS = re.compile(r"the true one as (.*?)\.\n", re.DOTALL)
 _EXAMPLES = 6
 
 
@@ -25,6 +26,7 @@ def problems(doc: str) -> list[str]:
     return [
         *_option_problems(doc),
         *_code_problems(doc),
+        *_field_problems(doc),
         *[f"{path} does not exist" for path in sorted(set(_FILE.findall(doc))) if not (ROOT / path).is_file()],
         *[f"link to {link}" for link in _LINK.findall(doc) if not link.startswith("https://") and not _is_file(link)],
         *[f"a token in the document: {token}" for token in re.findall(r"hf_\w{8,}", doc)],
@@ -75,4 +77,9 @@ def _code_problems(doc: str) -> list[str]:
     return told
 
 
-__all__ = ["DOC", "problems"]
+def _field_problems(doc: str) -> list[str]:
+    """What is said to stand in status.json is written there by name."""
+    sources = "".join(path.read_text() for path in sorted((ROOT / "svdtune/trainer").glob("*.py")))
+    named = re.findall(r"`(\w+)`", "".join(_FIELDS.findall(doc)))
+    told = [] if len(named) > 5 else ["the fields of status.json are not told"]
+    return told + [f"status.json has no {name}" for name in named if not re.search(rf'\b{name}=|"{name}":', sources)]
