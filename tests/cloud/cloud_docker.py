@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import yaml
 from cloud_doc import IMAGE, ROOT, TOOLS, blocks, commands, hidden_by, trainings
 
 _FLAGS = TOOLS["docker run"]
+_SECRET = re.compile(r"\w*(TOKEN|KEY|SECRET|PASSWORD)\w*=")
 _GIBIBYTES = {"g": 1, "G": 1, "m": 1 / 1024, "M": 1 / 1024}
 ENTRY_WORDS = ("train", "svdtune", "accelerate", "bash")
 
@@ -61,7 +63,7 @@ def line_problems(run: Run, image: str) -> list[str]:
         problems.append("--shm-size is below 8g")
     if int(run.one("stop-timeout") or 10) < 60:
         problems.append("--stop-timeout is below 60 seconds")
-    problems += [f"--env gives the value of {env}" for env in run.flags.get("env", []) if "=" in env]
+    problems += [f"--env gives the value of {env}" for env in run.flags.get("env", []) if _SECRET.match(env)]
     if "HF_TOKEN" not in run.flags.get("env", []):
         problems.append("HF_TOKEN does not reach the container")
     return problems + _place_problems(run)
