@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Builds docker/Dockerfile and runs what it made, without Docker and without a GPU: for anyone who is root on a Debian machine.
+# Builds docker/Dockerfile and runs what it made, without Docker or a GPU: for anyone who is root on a Debian machine.
 #   docker/build_and_smoke.sh [FOLDER]     FOLDER (default: a new one) needs 20 GB; the log is FOLDER/log
-# The base is Debian 12 by debootstrap under a local name, torch is its CPU build; all else is the real image. It is built by
-# buildah; its commands run in namespaces of their own, under tini as process 1, on a read-only root, as a user without a name.
+# The base is Debian 12 by debootstrap under a local name, torch is its CPU build; all else is the real image. It is built
+# by buildah; its commands run in namespaces of their own, under tini as process 1, on a read-only root, as a user without
+# a name.
 # A package source of your own: PIP_INDEX_URL, PIP_FIND_LINKS and PIP_CERT are used as they are set here.
 set -euo pipefail
 
@@ -13,10 +14,16 @@ base=localhost/svdtune-base:debian-12
 image=localhost/svdtune:cpu
 mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 root=$work/root
+container='' first=''
+trap cleanup EXIT
 exec > >(tee "$work/log") 2>&1
 
 say() { printf '\n== %s (%s s)\n' "$*" "$SECONDS"; }
 fail() { printf 'FAILED: %s\n' "$*"; exit 1; }
+cleanup() {
+    [ -z "$first" ] || kill -KILL "$first" || true
+    [ -z "$container" ] || buildah rm "$container" >/dev/null
+}
 buildah() { command buildah --storage-driver vfs --root "$work/store" --runroot "$work/run" "$@"; }
 
 tools() {
@@ -27,12 +34,12 @@ tools() {
 
 make_base() {
     buildah images -q "$base" >/dev/null 2>&1 && return
-    local container
+    local scratch
     rm -rf "$work/debian"
     debootstrap --variant=minbase bookworm "$work/debian" "$mirror" >"$work/debootstrap.log"
-    container=$(buildah from scratch)
-    buildah copy -q "$container" "$work/debian" /
-    buildah commit -q --rm "$container" "$base"
+    scratch=$(buildah from scratch)
+    buildah copy -q "$scratch" "$work/debian" /
+    buildah commit -q --rm "$scratch" "$base"
     rm -rf "$work/debian"
 }
 
@@ -44,24 +51,26 @@ fetch_torch() {
     mkdir -p "$work/wheels"
     compgen -G "$work/wheels/torch-$version+cpu-*.whl" >/dev/null ||
         python3 -m pip download "${wanted[@]}" --dest "$work/wheels" "torch==$version+cpu" ||
-        python3 -m pip download "${wanted[@]}" --dest "$work/wheels" --index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu"
+        python3 -m pip download "${wanted[@]}" --dest "$work/wheels" "torch==$version+cpu" \
+            --index-url https://download.pytorch.org/whl/cpu
 }
 
 build() {
     local options=(--volume "$work/wheels:/wheels:ro" --build-arg PIP_FIND_LINKS=/wheels)
     [ -z "${PIP_INDEX_URL:-}" ] || options+=(--build-arg "PIP_INDEX_URL=$PIP_INDEX_URL")
-    [ -z "${PIP_CERT:-}" ] || options+=(--volume "$PIP_CERT:/run/pip-cert.pem:ro" --build-arg PIP_CERT=/run/pip-cert.pem)
+    [ -z "${PIP_CERT:-}" ] ||
+        options+=(--volume "$PIP_CERT:/run/pip-cert.pem:ro" --build-arg PIP_CERT=/run/pip-cert.pem)
     rm -rf "$work/context" "$work"/runs-*
     mkdir "$work/context"
     cp -r pyproject.toml README.md .dockerignore configs docker svdtune "$work/context"
     python3 docker/cpu_lock.py docker/requirements.lock "$work"/wheels/torch-*.whl >"$work/context/docker/cpu.lock"
     buildah bud --quiet --isolation chroot --format docker --pull-never "${options[@]}" \
-        --build-arg "CUDA_BASE=$base" --build-arg LOCK=docker/cpu.lock --file docker/Dockerfile --tag "$image" "$work/context"
+        --build-arg "CUDA_BASE=$base" --build-arg LOCK=docker/cpu.lock \
+        --file docker/Dockerfile --tag "$image" "$work/context"
 }
 
 # What the image says about itself, and its files on a folder of this machine.
 open_image() {
-    local container
     container=$(buildah from --pull-never "$image")
     files=$(buildah mount "$container")
     mapfile -t environment < <(configured '{{range .Docker.Config.Env}}{{println .}}{{end}}')
@@ -75,9 +84,9 @@ open_image() {
     [ "${entrypoint[0]}" = /usr/bin/tini ] || fail "the entry is ${entrypoint[*]}"
 }
 
-configured() { command buildah --storage-driver vfs --root "$work/store" --runroot "$work/run" inspect --type image --format "$1" "$image" | sed '/^$/d'; }
+configured() { buildah inspect --type image --format "$1" "$image" | sed '/^$/d'; }
 
-# inside UID PROGRAM...: as `docker run --read-only --tmpfs /tmp -v runs -v cache --user UID:UID` starts it, without the entry.
+# inside UID PROGRAM...: as `docker run --read-only --tmpfs /tmp -v .. --user UID:UID` starts it, without the entry.
 inside() {
     local uid=$1
     shift
@@ -119,29 +128,29 @@ spellings() {
     expect 4242 "No such command 'trian'" trian cfg.yaml
     expect 4242 "4242" bash -c 'id -u'
     expect 4242 "Read-only file system" touch /workspace/file
+    expect 4242 "libcudart.so.12" /sbin/ldconfig -p
     # A provider's ssh login: no entry, no PATH and no variable of the image.
-    (inside 4242 env -i PATH=/usr/local/bin:/usr/bin:/bin svdtune --version) || fail "svdtune is not on the PATH of a login"
+    (inside 4242 env -i PATH=/usr/local/bin:/usr/bin:/bin svdtune --version) || fail "a login finds no svdtune"
 }
 
-# stops UID PROGRAM...: a training that gets SIGTERM as `docker stop` sends it saves, and the container ends with 143 in 25 s.
+# stops UID PROGRAM...: told to stop as `docker stop` does, a training saves, and the container ends with 143 in 25 s.
 stops() {
-    local uid=$1 name=stop-$2 runs=$work/runs-$1 started container first code=0
+    local uid=$1 name=stop-$2 runs=$work/runs-$1 started unshared code=0
     shift
     run_as "$uid" svdtune data demo runs/clips --clips 6
     inside "$uid" "${entrypoint[@]}" "$@" train configs/tiny.yaml data.root=runs/clips "run.name=$name" \
-        train.steps=100000 checkpoint.interval=100000 validation.interval=100000 &
-    container=$!
+        train.batch_size=1 train.steps=100000 checkpoint.interval=100000 validation.interval=100000 &
+    unshared=$!
     for _ in {1..300}; do
         ! grep -qs '"loss"' "$runs/$name/metrics.jsonl" || break
         sleep 2
     done
-    first=$(pgrep -P "$container")
-    trap 'kill -KILL "$first"' EXIT
+    first=$(pgrep -P "$unshared")
     health "$uid" "$first" "$name"
     started=$SECONDS
     kill -TERM "$first"
-    wait "$container" || code=$?
-    trap - EXIT
+    wait "$unshared" || code=$?
+    first=''
     [ "$code" = 143 ] || fail "$*: SIGTERM gave exit code $code, expected 143"
     [ $((SECONDS - started)) -le 25 ] || fail "$*: SIGTERM took $((SECONDS - started)) s"
     grep -q '"state": "stopped"' "$runs/$name/status.json" || fail "$*: $(cat "$runs/$name/status.json")"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does training work here? Demo clips, preflight, 3 steps and a sample of the embedded tiny base, on a GPU or a CPU, in two minutes.
+# Does training work here? Demo clips, preflight, 3 steps and a sample of the embedded tiny base, on a GPU or a CPU.
 #   docker run --rm --gpus all svdtune docker/smoke.sh [SECTION.KEY=VALUE ...]
 # Everything it writes goes into a new folder below /tmp that is deleted, or into $SMOKE_DIR that is kept.
 set -euo pipefail
@@ -19,11 +19,12 @@ options=(
 svdtune data demo "$work/clips" --clips 6
 svdtune preflight configs/tiny.yaml "${options[@]}"
 accelerate launch svdtune train configs/tiny.yaml "${options[@]}"
-frame=$(find "$work/runs/smoke/samples" -name '*.png' | sort | head -n 1)
-video=$(svdtune sample "$work/runs/smoke" "$frame" --out "$work/sample.mp4")
+run=$work/runs/smoke
+frame=$(find "$run/samples" -name '*.png' | sort | head -n 1)
+video=$(svdtune sample "$run" "$frame" --out "$work/sample.mp4")
 
-for made in "$work/runs/smoke/checkpoints/step-00000003" "$work/runs/smoke/export" "$work/runs/smoke/metrics.jsonl" "$video"; do
+for made in "$run/checkpoints/step-00000003" "$run/export" "$run/metrics.jsonl" "$video"; do
     [ -s "$made" ] || { echo "error: smoke: $made is missing or empty" >&2; exit 1; }
 done
-grep -q '"state": "done"' "$work/runs/smoke/status.json"
+grep -q '"state": "done"' "$run/status.json"
 echo "smoke: ok"

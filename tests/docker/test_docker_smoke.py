@@ -19,7 +19,7 @@ def smoke(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(1600)
 def test_smoke_makes_a_checkpoint_an_export_and_a_video(tmp_path):
-    done = smoke(tmp_path, "data.num_frames=4", "preflight.enabled=false")
+    done = smoke(tmp_path, "run.threads=1", "preflight.enabled=false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("smoke: ok\n")
     assert (tmp_path / "runs/smoke/checkpoints/step-00000003/MANIFEST.json").exists()
