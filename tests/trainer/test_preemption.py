@@ -52,7 +52,7 @@ def wait_for(met, process, what):
 
 def stop(arguments, run, send, **options) -> Ended:
     """Start, `send(process, pids)` once an update is made, and wait until every process is gone."""
-    process = start(arguments, start_new_session=True, **options)
+    process, everyone = start(arguments, start_new_session=True, **options), []
     try:
         wait_for(lambda: (run / "metrics.jsonl").exists() and metrics(run), process, "its first update")
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -63,8 +63,10 @@ def stop(arguments, run, send, **options) -> Ended:
         seconds = time.monotonic() - sent
         assert not alive, alive
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        for one in everyone:  # a launcher that ended may have left its processes behind
+            if one.is_running():
+                one.kill()
+        process.kill()
     return Ended(run, json.loads((run / "status.json").read_text()), err, process.returncode, seconds)
 
 
