@@ -52,7 +52,7 @@ def _measure(session: Session, accelerator: Accelerator, pairs: int) -> tuple[li
     batches = iter(loop.loader_from(session, Position()))
 
     def step() -> None:
-        loop.update(session, loop.accumulate(session, batches), stop=False)
+        loop.update(session, loop.accumulate(session, batches))
 
     steps, checks = [], []
     for _ in range(pairs + 1):

@@ -82,7 +82,7 @@ def one_step(session: Session, batches: Iterator[VideoBatch], watch: Watch) -> f
     """Seconds of one optimizer step as the loop makes it."""
     started = time.perf_counter()
     accumulated = loop.accumulate(session, batches)
-    norm, report = loop.update(session, accumulated, stop=False)
+    norm, report = loop.update(session, accumulated)
     clips = accumulated.samples, accumulated.noise, accumulated.names
     watch.stepped(session, Seen(1, report, norm, time.perf_counter() - started, accumulated.waited, *clips))
     return time.perf_counter() - started

@@ -153,11 +153,15 @@ def train(
     if not preflight_only:
         launch.join_world(sys.argv[1:])
     with _explained(loaded):
-        checked = preflight_only or loaded.preflight.enabled
-        report = _require_preflight(loaded) if checked and launch.rank() == 0 else None
         if preflight_only:
+            _require_preflight(loaded)
             return
-        from svdtune.trainer.run import train as run_training
+        from svdtune.trainer.early import early
+
+        checked = loaded.preflight.enabled
+        with early(loaded):
+            report = _require_preflight(loaded) if checked and launch.rank() == 0 else None
+            from svdtune.trainer.run import train as run_training
 
         watch = _watcher(report) if checked else None
         run_training(loaded, config_text=config.read_text(encoding="utf-8"), watch=watch)

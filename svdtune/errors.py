@@ -64,6 +64,10 @@ class PreflightError(SvdtuneError):
     exit_code = 3
 
 
+class Refused(PreflightError):
+    """What watches a running training ended it, on every rank; the checkpoint is saved."""
+
+
 class Diverged(SvdtuneError):
     """Loss or gradient became non-finite; no update was made from it."""
 
@@ -71,6 +75,11 @@ class Diverged(SvdtuneError):
 
 
 class Stopped(SvdtuneError):
-    """A signal arrived; the checkpoint is saved."""
+    """A signal arrived; what can be saved is saved."""
 
     exit_code = 143
+
+    def __init__(self, message: str, signal: str | None = None) -> None:
+        super().__init__(message)
+        self.signal = signal
+        """Its name."""

@@ -7,7 +7,9 @@ The number asked for stands only in the launcher's own command line and config f
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ _ENTRY = str(Path(__file__).resolve().parent)
 # The variables accelerate itself reads (`utils/environment.py:get_cpu_distributed_information`).
 _WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
@@ -53,6 +56,7 @@ def join_world(argv: Sequence[str]) -> None:
     Raises UsageError when the launcher cannot be understood.
     """
     own, for_launcher = split_arguments(argv)
+    _end_with_launcher()
     if _is_rank(os.environ):
         return
     if _under_accelerate(os.environ):
@@ -174,6 +178,31 @@ def _torchrun(request: Request, own: Sequence[str]) -> list[str]:
     ]
 
 
+def _end_with_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher that is this process's parent dies.
+
+    `accelerate launch` of one process passes no signal on, and torchrun dies of a SIGUSR1 that it was not told of: what
+    they started would train on, unseen.
+    """
+    import psutil
+
+    launcher = os.getppid()
+    try:
+        command = psutil.Process(launcher).cmdline()
+    except (psutil.AccessDenied, psutil.NoSuchProcess):
+        return
+    if not sys.platform.startswith("linux") or not _is_launcher(command):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died before the kernel knew
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _is_launcher(command: Sequence[str]) -> bool:
+    torchrun = any(Path(word).name == "torchrun" or word == "torch.distributed.run" for word in command)
+    return torchrun or _launch_arguments(command) is not None
+
+
 def _visible_gpus() -> int:
     import torch
 
@@ -183,4 +212,6 @@ def _visible_gpus() -> int:
 def _replace_by(command: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
+    # torchrun's own default leaves SIGUSR1 out, which SLURM sends before its time is up.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.execvp(command[0], command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ class _Child:
 
 def _serve(function: Callable[[Path], object], pipe: Connection) -> None:
     """Runs in the child until it is killed or the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group, and the parent says it
     while True:
         try:
             path = pipe.recv()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from svdtune.checkpoint.tensors import whole
 from svdtune.contracts import VideoBatch, move
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
-from svdtune.errors import Diverged, PreflightError, Stopped
+from svdtune.errors import Diverged, Refused, Stopped
 from svdtune.trainer import state, tracking
-from svdtune.trainer.build import Session
-from svdtune.trainer.metrics import StepReport, any_rank, reduce_step
+from svdtune.trainer.agreement import Agreement, Halt, agree
+from svdtune.trainer.build import PATIENCE, Session
+from svdtune.trainer.metrics import StepReport, reduce_step
 from svdtune.trainer.progress import Progress, memory_gib
 from svdtune.trainer.signals import StopWish
 from svdtune.trainer.state import Position
@@ -30,6 +31,8 @@ from svdtune.trainer.watch import Seen, Watch
 
 # fp16's loss scale starts too high and is halved at each overflow: a few skipped updates are how it is found.
 MAX_SKIPPED = 20
+_STATUS_SECONDS = 10
+"""Between two writings of the step into status.json, each of which waits for the disk."""
 
 
 @dataclass(frozen=True)
@@ -46,45 +49,94 @@ class Accumulated:
     """Seconds without a clip from the loader."""
 
 
+@dataclass
+class Run:
+    """What the loop moves on."""
+
+    session: Session
+    resolved: str
+    """The YAML that checkpoints carry."""
+    watch: Watch
+    position: Position
+    progress: Progress
+    agreement: Agreement
+    validator: Validator
+    saved: int
+    """The step of the newest checkpoint; 0 before the first."""
+    skipped: int = 0
+    """Updates left out one after another, by fp16's loss scale."""
+    told: float = -math.inf
+    """When status.json was last told the step."""
+
+
 def run_loop(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> Position:
     """Train from `position` to `train.steps`; `resolved` is the YAML that checkpoints carry.
 
-    Raises Diverged (no update made), Stopped or PreflightError (asked for by a signal or by `watch`; checkpoint saved).
+    Raises Diverged (no update made), Stopped or Refused (asked for by a signal or by `watch`; checkpoint saved).
     """
     config = session.config
     progress = Progress(
         config.train.steps, session.clips_per_step, config.train.log_interval, session.accelerator.is_main_process
     )
-    validator = Validator(session)
-    if position.step == 0:
-        wish.ask(_validate(session, validator, progress, watch, 0))
-    batches = iter(loader_from(session, position))
-    skipped = 0
-    while position.step < config.train.steps:
-        progress.begin()
+    agreement = agree(wish, session.accelerator.num_processes, PATIENCE)
+    run = Run(
+        session, resolved, watch, position, progress, agreement, Validator(session, agreement), saved=position.step
+    )
+    try:
+        _train(run)
+    except Halt as halt:
+        halted = halt
+    else:
+        if session.accelerator.is_main_process:
+            run.validator.sheet(run.position.step)
+        return run.position
+    session.optimizer.zero_grad(set_to_none=True)  # the resumed run makes those micro-steps again
+    if run.position.step != run.saved:
+        _save(run)
+    _tell_step(run)
+    said = _where_it_stopped(halted.name, position, run.position)
+    raise Refused(said) if halted.refused else Stopped(said, halted.name)
+
+
+def _train(run: Run) -> None:
+    session, train = run.session, run.session.config.train
+    if run.position.step == 0:
+        _validate(run)
+    batches = iter(loader_from(session, run.position))
+    while run.position.step < train.steps:
+        run.progress.begin()
         lr = float(session.schedule.get_last_lr()[0])
-        accumulated = accumulate(session, batches)
-        grad_norm, report = update(session, accumulated, stop=wish.name is not None)
-        skipped = skipped + 1 if not math.isfinite(report.grad_norm) else 0
-        _halt_if_diverged(session, position, accumulated, report, skipped, watch)
-        position = Position(position.step + 1, position.samples + session.clips_per_step)
-        seconds = _report(session, progress, position, report, lr)
+        accumulated = accumulate(session, batches, run.agreement.check)
+        grad_norm, report = update(session, accumulated)
+        run.skipped = run.skipped + 1 if not math.isfinite(report.grad_norm) else 0
+        _halt_if_diverged(session, run.position, accumulated, report, run.skipped, run.watch)
+        run.position = Position(run.position.step + 1, run.position.samples + session.clips_per_step)
+        seconds = _report(run, report, lr)
         clips = accumulated.samples, accumulated.noise, accumulated.names
-        wish.ask(watch.stepped(session, Seen(position.step, report, grad_norm, seconds, accumulated.waited, *clips)))
-        last, stop = position.step == config.train.steps, report.stop
-        if last or (position.step % config.validation.interval == 0 and not stop):
-            wish.ask(_validate(session, validator, progress, watch, position.step))
-            stop = any_rank(session.accelerator, wish.name is not None)
-        if last or stop or position.step % config.checkpoint.interval == 0:
-            _save(session, position, resolved)
-        if stop and not last:
-            raise (PreflightError if wish.refused else Stopped)(
-                f"stopped by {wish.name or 'another rank'} after step {position.step}; the checkpoint is saved. "
-                "Run the same command again to go on."
-            )
-    if session.accelerator.is_main_process:
-        validator.sheet(position.step)
-    return position
+        seen = Seen(run.position.step, report, grad_norm, seconds, accumulated.waited, *clips)
+        refused = run.watch.stepped(session, seen)
+        _after_update(run, refused)
+    run.agreement.check()
+
+
+def _after_update(run: Run, refused: str) -> None:
+    config, step = run.session.config, run.position.step
+    last = step == config.train.steps
+    if not last:
+        run.agreement.wish.ask(refused)
+    if last or step % config.validation.interval == 0:
+        _validate(run)
+    if last or step % config.checkpoint.interval == 0:
+        _save(run)
+
+
+def _where_it_stopped(name: str, start: Position, end: Position) -> str:
+    if end.step > start.step:
+        return f"stopped by {name} after step {end.step}; the checkpoint is saved. Run the same command again to go on."
+    if end.step:
+        where = f"at step {end.step}, from which it was resumed: that checkpoint is the newest"
+        return f"stopped by {name} {where}. Run the same command again to go on."
+    return f"stopped by {name} before the first update: there is nothing to save. Run the same command again to start."
 
 
 def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
@@ -102,11 +154,17 @@ def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
     )
 
 
-def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
-    """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks."""
+def accumulate(
+    session: Session, batches: Iterator[VideoBatch], before_each: Callable[[], None] = lambda: None
+) -> Accumulated:
+    """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks.
+
+    What `before_each` raises before a micro-step passes through.
+    """
     config, accelerator, parts = session.config, session.accelerator, session.parts
     losses, drawn, samples, names, waited = [], [], [], [], 0.0
     for micro in range(config.train.accumulation):
+        before_each()
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
@@ -126,13 +184,13 @@ def accumulate(session: Session, batches: Iterator[VideoBatch]) -> Accumulated:
     return Accumulated(torch.cat(losses), sigmas, torch.cat(samples), noise, tuple(names), waited)
 
 
-def update(session: Session, accumulated: Accumulated, *, stop: bool) -> tuple[float, StepReport]:
+def update(session: Session, accumulated: Accumulated) -> tuple[float, StepReport]:
     """One optimizer step, if loss and gradient norm are finite on every rank. Returns this rank's gradient norm, and the report."""
     accelerator, optimizer, trained = session.accelerator, session.optimizer, list(session.trained.values())
     max_norm = session.config.train.clip_norm or math.inf
     grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
     grad_norm = whole(grad_norm).to(accelerator.device)  # of shards each rank has a part of it too
-    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm, stop=stop)
+    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
         optimizer.step()
@@ -161,8 +219,9 @@ def _halt_if_diverged(
     )
 
 
-def _report(session: Session, progress: Progress, position: Position, report: StepReport, lr: float) -> float:
+def _report(run: Run, report: StepReport, lr: float) -> float:
     """The seconds that the step took."""
+    session, progress, position = run.session, run.progress, run.position
     seconds = progress.end()
     progress.show(position.step, report, lr)
     line = {
@@ -177,37 +236,65 @@ def _report(session: Session, progress: Progress, position: Position, report: St
         **{f"loss/sigma {band}": loss for band, loss in report.loss_by_sigma.items()},
     }
     _write(session, {key: value if math.isfinite(value) else None for key, value in line.items()}, position.step)
+    run.agreement.wish.allow(seconds / session.config.train.accumulation)
     if session.accelerator.is_main_process:
         session.folder.beat()
+        if time.monotonic() > run.told + _STATUS_SECONDS:
+            _tell_step(run)
     return seconds
 
 
-def _validate(session: Session, validator: Validator, progress: Progress, watch: Watch, step: int) -> str:
-    """A reason to stop, or nothing."""
-    videos: dict[str, Path] = {}
+def _validate(run: Run) -> None:
+    """Raises Halt on every rank when one wants to stop."""
+    session, step = run.session, run.position.step
     with inference(session):
-        losses = validator.held_out_loss()
+        losses = run.validator.held_out_loss()
         if losses:
             _write(session, {"step": step, **losses}, step)
-            progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
-        if session.accelerator.is_main_process:
-            videos = validator.sample_videos(step)
-        for video in videos.values():
-            progress.say(f"step {step}: sample {video}")
-    tracking.log_videos(session, list(videos.values()), step)
-    reason = watch.sampled(session, step, videos)
-    session.accelerator.wait_for_everyone()
-    return reason
+            run.progress.say(f"step {step}: held-out loss {losses['held_out_loss']:.4f}")
+        _sample(run)
+    with nullcontext() if session.accelerator.is_main_process else run.agreement.wish.waiting():
+        session.accelerator.wait_for_everyone()
+    run.agreement.check()
 
 
-def _save(session: Session, position: Position, resolved: str) -> None:
-    folder = state.save(session, position, resolved)
+def _sample(run: Run) -> None:
+    """The main process samples; called on every rank. A signal cuts it short, and the ranks agree on that afterwards."""
+    session, step = run.session, run.position.step
+    videos: dict[str, Path] = {}
     if session.accelerator.is_main_process:
-        session.folder.write_status(
-            state="training", step=position.step, world_size=session.accelerator.num_processes, exit_code=None,
-            reason=None, checkpoint=str(folder),
-        )  # fmt: skip
-    session.accelerator.wait_for_everyone()
+        try:
+            videos = run.validator.sample_videos(step)
+        except Halt:
+            return
+    for video in videos.values():
+        run.progress.say(f"step {step}: sample {video}")
+    tracking.log_videos(session, list(videos.values()), step)
+    refused = run.watch.sampled(session, step, videos)
+    if step < session.config.train.steps:
+        run.agreement.wish.ask(refused)
+
+
+def _save(run: Run) -> None:
+    session, position, began = run.session, run.position, time.monotonic()
+    main = session.accelerator.is_main_process
+    with run.agreement.wish.waiting():
+        if main:
+            session.folder.beat()
+        folder = state.save(session, position, run.resolved)  # on every rank: each may hold a part
+        if main:
+            seconds = round(time.monotonic() - began, 3)
+            session.folder.write_status(checkpoint=str(folder), checkpoint_seconds=seconds)
+            session.folder.beat()
+        session.accelerator.wait_for_everyone()
+    run.saved = position.step
+    _tell_step(run)
+
+
+def _tell_step(run: Run) -> None:
+    run.told = time.monotonic()
+    if run.session.accelerator.is_main_process:
+        run.session.folder.write_status(step=run.position.step)
 
 
 def _write(session: Session, line: Mapping[str, float | None], step: int) -> None:

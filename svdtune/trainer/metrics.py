@@ -17,17 +17,14 @@ BANDS = tuple(f"{low:g}-{high:g}" for low, high in pairwise(BAND_EDGES))
 
 @dataclass(frozen=True)
 class StepReport:
-    """Over all ranks: mean loss, gradient norm, mean loss by sigma band (bands without a clip left out), stop wish."""
+    """Over all ranks: mean loss, gradient norm, mean loss by sigma band (bands without a clip left out)."""
 
     loss: float
     grad_norm: float
     loss_by_sigma: dict[str, float]
-    stop: bool
 
 
-def reduce_step(
-    accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_norm: Tensor, *, stop: bool
-) -> StepReport:
+def reduce_step(accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_norm: Tensor) -> StepReport:
     """losses and sigmas (clips,) of this rank's clips, grad_norm (). The only place of a step that waits for the device.
 
     A NaN or infinity on any rank makes the sum over ranks non-finite, so every rank sees it.
@@ -35,20 +32,13 @@ def reduce_step(
     band = torch.stack([(low <= sigmas) & (sigmas < high) for low, high in pairwise(BAND_EDGES)], dim=1)
     # NaN must stay out of the other bands: 0 * NaN is NaN.
     in_band = torch.where(band, losses[:, None], 0).sum(0)
-    flags = torch.stack([losses.mean(), grad_norm.float(), torch.full_like(grad_norm, stop, dtype=torch.float32)])
-    summed: Any = accelerator.reduce(torch.cat([flags, in_band, band.sum(0).float()]), reduction="sum")
+    means = torch.stack([losses.mean(), grad_norm.float()])
+    summed: Any = accelerator.reduce(torch.cat([means, in_band, band.sum(0).float()]), reduction="sum")
     values = summed.tolist()
     n, world = len(BANDS), accelerator.num_processes
-    sums, counts = values[3 : 3 + n], values[3 + n :]
+    sums, counts = values[2 : 2 + n], values[2 + n :]
     return StepReport(
         loss=values[0] / world,
         grad_norm=values[1] / world,
         loss_by_sigma={name: s / c for name, s, c in zip(BANDS, sums, counts, strict=True) if c},
-        stop=values[2] > 0,
     )
-
-
-def any_rank(accelerator: Accelerator, wish: bool) -> bool:
-    """Whether `wish` holds on any rank; called on every rank."""
-    flag: Any = accelerator.reduce(torch.tensor(float(wish), device=accelerator.device), reduction="sum")
-    return bool(flag.item())

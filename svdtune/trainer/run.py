@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 
 from svdtune.checkpoint.beside import write_beside
 from svdtune.checkpoint.export import Base, export_run
@@ -19,15 +18,16 @@ from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.data.catalog import scan
-from svdtune.errors import Diverged, Stopped, SvdtuneError
+from svdtune.errors import Refused, Stopped, SvdtuneError
 from svdtune.model.source import part_weights
 from svdtune.trainer import state, tracking
 from svdtune.trainer.build import Session, build, dismiss, make_accelerator
+from svdtune.trainer.early import early
 from svdtune.trainer.loop import run_loop
-from svdtune.trainer.metrics import any_rank
-from svdtune.trainer.run_folder import RunFolder, State
-from svdtune.trainer.signals import StopWish, listen
+from svdtune.trainer.run_folder import RunFolder
+from svdtune.trainer.signals import ends_at_once, listen
 from svdtune.trainer.state import Position
+from svdtune.trainer.status import Status, tell, told
 from svdtune.trainer.validate import inference
 from svdtune.trainer.watch import Watch
 
@@ -38,10 +38,15 @@ def train(config: Config, *, config_text: str, watch: Watch | None = None) -> No
     `config_text` is the YAML as written; `watch` looks on and may refuse.
     Raises SvdtuneError subclasses, each with the exit code of its kind.
     """
-    accelerator = make_accelerator(config)
-    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    with early(config):
+        accelerator = make_accelerator(config)
+        folder = RunFolder(Path(config.run.dir) / config.run.name)
     main = accelerator.is_main_process
-    with folder.lock() if main else nullcontext(), _status(folder, accelerator), listen() as wish:
+    status = Status(folder, accelerator.process_index)
+    with folder.lock() if main else nullcontext(), told(status), ends_at_once(status.end):
+        if main:
+            status.starting(config, accelerator.num_processes)
+        accelerator.wait_for_everyone()  # what other ranks tell must not come before
         resolved = resolved_yaml(config)
         set_seed(config.run.seed)
         session = build(config, accelerator, folder, _scan(config, folder, main=main))
@@ -51,27 +56,50 @@ def train(config: Config, *, config_text: str, watch: Watch | None = None) -> No
             folder.write_config(config_text, resolved)
             folder.truncate_metrics(position.step or -1)
             _say(*said)
+            folder.beat()
         accelerator.wait_for_everyone()
-        _run(session, position, resolved, wish, watch or Watch())
+        stopped = _run(session, position, resolved, status, watch or Watch())
+        if stopped:
+            if main:
+                tell(status, stopped)  # closing the trackers may take long
+            accelerator.wait_for_everyone()
         del session
         dismiss(accelerator)
+        if stopped:
+            raise stopped
 
 
-def _run(session: Session, position: Position, resolved: str, wish: StopWish, watch: Watch) -> None:
+def _run(session: Session, position: Position, resolved: str, status: Status, watch: Watch) -> SvdtuneError | None:
+    """What was asked to stop before the end, and is saved, as the error to end with."""
     main, steps, folder = session.accelerator.is_main_process, session.config.train.steps, session.folder
+    if main and position.step:
+        folder.write_status(step=position.step, checkpoint=str(folder.checkpoints / folder_name(position.step)))
     trains = position.step < steps
     if trains:
         watch.before(session, position)
         tracking.start(session, resolved)
-        position = run_loop(session, position, resolved, wish, watch)
+        if main:
+            folder.write_status(state="training")
+        try:
+            with listen(status.end) as wish:
+                position = run_loop(session, position, resolved, wish, watch)
+        except (Stopped, Refused) as error:
+            return error.with_traceback(None)  # which would keep the networks
     elif main:
         _say(f"nothing to train: the run is at step {position.step} of train.steps={steps}; raise it to go on")
-    if any_rank(session.accelerator, main and (trains or not folder.export.exists())):
+    status.when = "after the last step"
+    if _main_says(session.accelerator, trains or not folder.export.exists()):
         _export(session, position)
     if main:
         made = {"result": folder.export, "sheet": folder.path / "contact_sheet.png", "videos": folder.samples}
         _say(*(f"{name}: {path}" for name, path in made.items() if path.exists()))
     session.accelerator.wait_for_everyone()
+    return None
+
+
+def _main_says(accelerator: Accelerator, answer: bool) -> bool:
+    """The main process's answer, on every rank: it alone may see the run folder as it is."""
+    return bool(broadcast_object_list([answer])[0]) if accelerator.num_processes > 1 else answer
 
 
 def _say(*lines: str) -> None:
@@ -107,27 +135,3 @@ def _export(session: Session, position: Position) -> None:
                 write_beside, checkpoint=checkpoint, source=source, kind=kind, name=session.folder.export.name
             ),
         )
-
-
-@contextmanager
-def _status(folder: RunFolder, accelerator: Accelerator) -> Iterator[None]:
-    """status.json follows what happens: the launcher turns every exit code into 1, so the truth is kept here."""
-    world = accelerator.num_processes
-
-    def write(name: State, code: int | None, reason: str | None) -> None:
-        rank = accelerator.process_index
-        if rank == 0 or name == "failed":
-            reason = f"rank {rank}: {reason}" if rank else reason
-            folder.write_status(state=name, world_size=world, exit_code=code, reason=reason)
-
-    write("starting", None, None)
-    try:
-        yield
-    except SvdtuneError as error:
-        name: State = {Diverged: "diverged", Stopped: "stopped"}.get(type(error), "failed")  # pyright: ignore[reportAssignmentType]
-        write(name, error.exit_code, str(error))
-        raise
-    except BaseException as error:
-        write("failed", 1, f"{type(error).__name__}: {error}")
-        raise
-    write("done", 0, None)

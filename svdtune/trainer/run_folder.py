@@ -18,6 +18,9 @@ from svdtune.checkpoint.files import save_json, write_text
 from svdtune.errors import UsageError
 
 State = Literal["starting", "training", "done", "failed", "stopped", "diverged"]
+ENDED = ("done", "failed", "stopped", "diverged")
+_STATUS_SECONDS = 5
+"""A status that another process writes takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class RunFolder:
         except Timeout:
             raise UsageError(_in_use(self.path, _read_object(owner))) from None
         try:
-            save_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+            save_json(owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
             yield
         finally:
             owner.unlink(missing_ok=True)
@@ -79,13 +82,22 @@ class RunFolder:
         write_text(self.path / "config.resolved.yaml", resolved)
 
     def write_status(self, *, state: State | None = None, **facts: Any) -> None:
-        """Update status.json atomically: state, step, world_size, exit_code, reason, checkpoint.
+        """Update status.json atomically: state, step, world_size, exit_code, reason, checkpoint and so on.
 
-        Facts not named keep their value; state `starting` forgets those of an earlier process.
+        Facts not named keep their value; state `starting` forgets those of an earlier process. How a run ended is said
+        once: ranks that fail because one stopped, or a main thread that goes on a little, do not take its place.
         """
-        known = {} if state == "starting" else _read_object(self.path / "status.json")
-        named = {"state": state, **facts} if state else facts
-        save_json(self.path / "status.json", {**known, **named, "updated": _now()})
+        # Any rank may tell its end, and so may the thread that hears signals.
+        with FileLock(self.path / ".status.lock", timeout=_STATUS_SECONDS):
+            known = {} if state == "starting" else self.status()
+            if known.get("state") in ENDED:
+                return
+            named = {"state": state, **facts} if state else facts
+            save_json(self.path / "status.json", {**known, **named, "updated": now()})
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says."""
+        return _read_object(self.path / "status.json")
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl and hand it to the system. Lines with a `step` can be taken back by step."""
@@ -96,7 +108,7 @@ class RunFolder:
         _append(self.path / "findings.jsonl", [json.dumps(finding, ensure_ascii=False)])
 
     def beat(self) -> None:
-        """Touch the heartbeat file: its age tells a watcher how long ago the last optimizer step ended."""
+        """Touch the heartbeat file: its age tells a watcher how long ago a step, a sampler step or a held-out clip ended."""
         (self.path / "heartbeat").touch()
 
     def truncate_metrics(self, step: int) -> None:
@@ -154,5 +166,6 @@ def _in_use(path: Path, owner: dict[str, Any]) -> str:
     )
 
 
-def _now() -> str:
+def now() -> str:
+    """As all files of a run write it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,7 @@ from svdtune.diffusion.draws import fixed_draws
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.sample.sheet import contact_sheet
 from svdtune.sample.video import read_image, write_mp4
+from svdtune.trainer.agreement import Agreement
 from svdtune.trainer.build import Session
 from svdtune.trainer.sharding import gathered
 from svdtune.trainer.step import denoise, encode
@@ -44,6 +45,8 @@ class Validator:
     """The fixed clips and subjects of a run; clips are decoded once and kept on the CPU."""
 
     session: Session
+    agreement: Agreement = field(default_factory=Agreement)
+    """Whether to go on is asked between clips and between sampler steps."""
 
     @cached_property
     def clips(self) -> list[VideoBatch]:
@@ -64,7 +67,10 @@ class Validator:
         return [Subject(name, b.pixels[0, 0], to_uint8(b.pixels[0])) for name, b in zip(names, batches, strict=True)]
 
     def held_out_loss(self) -> dict[str, float]:
-        """Mean loss over the held-out clips, in all and per sigma; {} without. Called on every rank, within `inference`."""
+        """Mean loss over the held-out clips, in all and per sigma; {} without. Called on every rank, within `inference`.
+
+        Raises Halt on every rank when one of them wants to stop.
+        """
         session, sigmas = self.session, self.session.config.validation.sigmas
         if not self.clips:
             return {}
@@ -72,7 +78,7 @@ class Validator:
         parts = replace(session.parts, unet=session.model.unet)
         sums = torch.zeros(len(sigmas), device=device)
         with torch.no_grad():
-            for clip in self.clips[accelerator.process_index :: accelerator.num_processes]:
+            for clip in self._own_clips():
                 axes, batch = clip.axes(parts.facts), move(clip, device)
                 seed, conditioning = session.config.run.seed, session.config.conditioning
                 draws = fixed_draws(clip.sample.tolist(), 1.0, axes, seed=seed, conditioning=conditioning)
@@ -89,6 +95,7 @@ class Validator:
         """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png; by name.
 
         On the main process alone, within `inference`.
+        Raises Halt when this process wants to stop; videos that are not whole are not there then.
         """
         folder = sample_folder(self.session, step)
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +121,28 @@ class Validator:
         contact_sheet(path, rows)
         return path
 
+    def _own_clips(self) -> Iterator[VideoBatch]:
+        """The held-out clips of this rank; all ranks come here equally often, also those that have no clip left."""
+        accelerator = self.session.accelerator
+        for first in range(0, len(self.clips), accelerator.num_processes):
+            self.agreement.check()
+            yield from self.clips[first:][accelerator.process_index :][:1]
+            self._beat()
+
+    def _beat(self) -> None:
+        if self.session.accelerator.is_main_process:
+            self.session.folder.beat()
+
+    def _on_step(self) -> None:
+        self._beat()
+        self.agreement.glance()
+
     def _sample(self, subject: Subject) -> np.ndarray:
         session, model = self.session, self.session.model
         pipeline = build_pipeline(model.unet, model.vae, model.image_encoder, dict(model.configs.scheduler),
                                   dict(model.configs.feature_extractor))  # fmt: skip
-        return sample_video(
-            pipeline, subject.image, SampleSettings.from_config(session.config), seed=session.config.run.seed
-        )
+        settings, seed = SampleSettings.from_config(session.config), session.config.run.seed
+        return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
 
     def _decode(self, count: int, *, fall_back: bool = False) -> list[VideoBatch]:
         catalog, config = self.session.catalog, self.session.config

@@ -41,7 +41,7 @@ class Watch:
         """Everything is built and resumed, no update is made yet. Raises PreflightError to refuse the run."""
 
     def stepped(self, session: Session, seen: Seen) -> str:
-        """An optimizer step ended. A reason to stop after the next one, or nothing; may raise SvdtuneError to stop at once."""
+        """An optimizer step ended. A reason to stop after it, or nothing; may raise SvdtuneError to stop at once."""
         return ""
 
     def sampled(self, session: Session, step: int, videos: Mapping[str, Path]) -> str:

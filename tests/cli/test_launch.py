@@ -171,3 +171,11 @@ def test_machines_keep_their_address(no_launcher: pytest.MonkeyPatch) -> None:
 )
 def test_launcher_command_lines(command: str, arguments: list[str] | None) -> None:
     assert launch._launch_arguments(command.split()) == arguments
+    assert launch._is_launcher(command.split()) == (arguments is not None)
+
+
+def test_torchrun_is_a_launcher_too() -> None:
+    """Processes end with it; with a shell in between they do not, for that one may be gone without meaning anything."""
+    for command in ("/v/bin/python /v/bin/torchrun -m svdtune", "python -m torch.distributed.run -m svdtune"):
+        assert launch._is_launcher(command.split())
+    assert not launch._is_launcher(["bash", "torchrun.sh"])

@@ -226,14 +226,12 @@ def test_band_losses_add_up(session):
         torch.tensor([1.0, 3.0, 5.0, math.nan]),
         torch.tensor([0.5, 0.7, 1.0, 100.0]),
         torch.tensor(2.0),
-        stop=False,
     )
     assert math.isnan(report.loss)
     assert report.loss_by_sigma["0-1"] == pytest.approx(2.0)
     assert report.loss_by_sigma["1-3"] == pytest.approx(5.0)
     assert math.isnan(report.loss_by_sigma["8-inf"])
     assert "3-8" not in report.loss_by_sigma
-    assert not report.stop
 
 
 def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, tmp_path, monkeypatch):
@@ -278,7 +276,7 @@ def test_a_signal_in_validation_stops_after_the_checkpoint(session, monkeypatch)
 
     def signalled(*arguments):
         validate(*arguments)
-        wish.name = "SIGTERM" if arguments[-1] == 2 else None
+        wish.name = "SIGTERM" if arguments[0].position.step == 2 else None
 
     monkeypatch.setattr(loop, "_validate", signalled)
     with pytest.raises(Stopped, match=r"stopped by SIGTERM after step 2; the checkpoint is saved"):
@@ -403,3 +401,22 @@ def test_what_an_accelerate_config_left_in_the_environment(config, monkeypatch):
     ):
         make_accelerator(config())
     _reset()
+
+
+def test_status_follows_without_a_write_per_step(session, monkeypatch):
+    made = session("train.steps=4", "checkpoint.interval=100")
+    told, write = [], RunFolder.write_status
+    monkeypatch.setattr(RunFolder, "write_status", lambda self, **facts: told.append(facts) or write(self, **facts))
+    train(made)
+    assert [facts["step"] for facts in told if "step" in facts] == [1, 4], "the first, and the one that is saved"
+    (saved,) = [facts for facts in told if "checkpoint" in facts]
+    assert saved["checkpoint"] == str(made.folder.checkpoints / "step-00000004")
+    assert saved["checkpoint_seconds"] >= 0
+
+
+def test_the_heart_beats_in_held_out_clips_sampler_steps_and_saves(session, monkeypatch):
+    made = session("train.steps=1", "validation.clips=3", "validation.samples=1", "validation.inference_steps=4")
+    beats = []
+    monkeypatch.setattr(RunFolder, "beat", lambda _: beats.append(1))
+    train(made)
+    assert len(beats) == 2 * (3 + 4) + 1 + 2

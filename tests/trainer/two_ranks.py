@@ -37,8 +37,8 @@ def step(accelerator: Accelerator, config: Config, out: str) -> None:
     if (Path(out) / "poison").exists() and accelerator.process_index == 1:
         accumulated.losses[0] = float("nan")
     seen |= {f"before/{name}": p.detach().clone() for name, p in session.trained.items()}
-    _, report = loop.update(session, accumulated, stop=accelerator.process_index == 1)
-    seen |= {"loss": torch.tensor(report.loss), "stop": torch.tensor(report.stop)}
+    _, report = loop.update(session, accumulated)
+    seen["loss"] = torch.tensor(report.loss)
     seen |= {f"weight/{name}": p.detach().clone() for name, p in session.trained.items()}
     torch.save(seen, Path(out) / f"rank-{accelerator.process_index}-of-{accelerator.num_processes}.pt")
 

@@ -128,7 +128,7 @@ def _watched_backward(
 def _update(trial: Trial, session: Session, accumulated: Accumulated, number: int) -> bool:
     """The real update, checked; whether loss and gradients were finite on every rank."""
     start = updates.start(session)
-    norm, report = loop.update(session, accumulated, stop=False)
+    norm, report = loop.update(session, accumulated)
     if not (isfinite(report.loss) and isfinite(report.grad_norm)):
         return False
     trial.findings += updates.check_update(session, start, norm, number)

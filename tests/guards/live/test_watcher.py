@@ -105,9 +105,9 @@ def test_a_finding_in_flight_is_told_and_the_run_goes_on(small, monkeypatch, cap
 def test_it_stops_the_run_when_told_to(small, monkeypatch):
     monkeypatch.setattr(Flight, "stepped", lambda _, seen: [SPIKE] if seen.step == 1 else [])
     config = small("preflight.stop_on=[SEM540]", "train.steps=9")
-    with pytest.raises(PreflightError, match="stopped by SEM540 after step 2; the checkpoint is saved"):
+    with pytest.raises(PreflightError, match="stopped by SEM540 after step 1; the checkpoint is saved"):
         run.train(config, config_text="", watch=Watcher(None))
-    assert (folder(config) / "checkpoints" / "step-00000002" / "MANIFEST.json").exists()
+    assert (folder(config) / "checkpoints" / "step-00000001" / "MANIFEST.json").exists()
     assert status(config)["exit_code"] == 3
 
 
