@@ -282,11 +282,12 @@ def _show(run: Run, videos: dict[str, Path]) -> None:
 
 def _save(run: Run) -> None:
     session, position, began = run.session, run.position, time.monotonic()
+    main = session.accelerator.is_main_process
     with run.agreement.wish.waiting():
-        if session.accelerator.is_main_process:
+        if main:
             session.folder.beat()
-        folder = state.save(session, position, run.resolved)
-        if session.accelerator.is_main_process:
+        folder = state.save(session, position, run.resolved)  # on every rank: each may hold a part
+        if main:
             seconds = round(time.monotonic() - began, 3)
             session.folder.write_status(checkpoint=str(folder), checkpoint_seconds=seconds)
             session.folder.beat()

@@ -94,8 +94,8 @@ class Validator:
     def sample_videos(self, step: int) -> dict[str, Path]:
         """One mp4 per subject in samples/step-XXXXXX/, its first frame as samples/<name>.png; by name.
 
-        On the main process alone, within `inference`. Raises Halt when this process wants to stop; videos that are not whole
-        are not there then.
+        On the main process alone, within `inference`.
+        Raises Halt when this process wants to stop; videos that are not whole are not there then.
         """
         folder = sample_folder(self.session, step)
         folder.mkdir(parents=True, exist_ok=True)
