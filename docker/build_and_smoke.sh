@@ -78,6 +78,7 @@ open_image() {
     workdir=$(configured '{{.Docker.Config.WorkingDir}}')
     user=$(configured '{{.Docker.Config.User}}')
     mkdir -p "$root"
+    echo 127.0.0.1 localhost container >"$files/etc/hosts" # Docker writes that one; torchrun asks for localhost
     [ "$user" = 1000:1000 ] || fail "USER is $user"
     [ "$(configured '{{.Docker.Config.StopSignal}}')" = SIGTERM ] || fail "STOPSIGNAL is not SIGTERM"
     [ -n "$(configured '{{.Docker.Config.Healthcheck}}')" ] || fail "there is no HEALTHCHECK"
@@ -96,7 +97,7 @@ inside() {
     exec unshare --mount --pid --uts --fork --kill-child bash -euc '
         files=$1 root=$2 runs=$3 uid=$4
         shift 4
-        hostname "container-$uid"
+        hostname container
         mount --bind "$files" "$root"
         mount -o remount,ro,bind "$root"
         mount -t proc proc "$root/proc"
@@ -143,6 +144,7 @@ stops() {
     unshared=$!
     for _ in {1..300}; do
         ! grep -qs '"loss"' "$runs/$name/metrics.jsonl" || break
+        [ -e "/proc/$unshared" ] || fail "$*: ended before it trained"
         sleep 2
     done
     first=$(pgrep -P "$unshared")
