@@ -104,3 +104,12 @@ def test_runs_of_others_and_of_the_dead_are_not_ours(run, owner):
 
 def test_no_runs_at_all(run):
     assert check(run, SVDTUNE_RUNS="nowhere") == (0, "nothing trains here")
+
+
+def test_runs_of_several_folders(run, tmp_path):
+    """run.dir may be the image's own folder or a volume: the one that trains is found behind one that does not."""
+    (tmp_path / "empty").mkdir()
+    make_old(run, 5000)
+    code, said = check(run, SVDTUNE_RUNS=f"{tmp_path}/empty:{tmp_path}/missing:runs")
+    assert code == 1
+    assert said.startswith("runs/one: no step for 5")
