@@ -78,7 +78,7 @@ def cases(accelerator: Accelerator, config: Config, out: str) -> dict[str, list[
 
 
 def seen_of(samples: list[int], noise: torch.Tensor, norm: float) -> Seen:
-    report = StepReport(1.0, norm, {}, False)
+    report = StepReport(1.0, norm, {})
     return Seen(200, report, norm, 1.0, 0.0, torch.tensor(samples), noise, tuple(f"{sample}.mp4" for sample in samples))
 
 

@@ -33,7 +33,7 @@ def sound(steps, *, seed=0, spread=1.0, clips=1):
         by_sigma = {BANDS[band]: float(losses[bands == band].mean()) for band in set(bands.tolist())}
         norm = float(np.exp(random.standard_normal()))
         seconds = 2 * float(np.exp(0.1 * random.standard_normal()))
-        report = StepReport(float(losses.mean()), norm, by_sigma, False)
+        report = StepReport(float(losses.mean()), norm, by_sigma)
         yield Seen(step, report, norm, seconds, 0.05, NOTHING, NOTHING, ())
 
 
