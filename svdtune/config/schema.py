@@ -221,7 +221,7 @@ class Memory:
     units: of all levels; nested: these and the blocks inside them, which needs least; diffusers: its own flag, for comparison: it
     leaves the temporal blocks out. auto: units on an accelerator, none on a CPU."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention of the UNet. sdpa: torch's own. xformers: needs the package and an NVIDIA GPU."""
+    """Attention of the UNet. sdpa: torch's own. xformers, for the spatial layers: needs the package and an NVIDIA GPU."""
     vae_chunk: int = 4
     """Frames the VAE encodes or decodes at once, in float32."""
 

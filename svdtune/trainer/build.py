@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -157,7 +158,11 @@ def dismiss(accelerator: Accelerator) -> None:
 
 
 def _use_xformers(model: ModelParts) -> None:
-    """Raises ConfigError where the package or a GPU is missing."""
+    """Raises ConfigError where the package or a GPU is missing.
+
+    Temporal attention stays torch's: it has a row for each latent position and head, xformers' kernels end at 65,535 of them, and
+    two clips at 576 x 1024, or one with guidance, have 92,160.
+    """
     try:
         model.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, NotImplementedError) as error:
@@ -165,6 +170,9 @@ def _use_xformers(model: ModelParts) -> None:
         raise ConfigError(
             f"memory.attention: xformers cannot be used here ({reason}). Use memory.attention=sdpa."
         ) from error
+    for name, module in model.unet.named_modules():
+        if isinstance(module, Attention) and "temporal_transformer_blocks" in name:
+            module.set_processor(AttnProcessor2_0())  # pyright: ignore[reportArgumentType]
 
 
 def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:

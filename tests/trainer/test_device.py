@@ -6,10 +6,12 @@ is a copy that a GPU would wait for; on a GPU by torch's own debug mode.
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -118,3 +120,29 @@ def test_xformers_equals_sdpa_within_bf16():
     assert xformers[0] == pytest.approx(sdpa[0], rel=1e-2)
     assert not torch.equal(sdpa[1], xformers[1])  # it was another kernel
     assert distance < 2e-2
+
+
+def test_xformers_is_for_the_spatial_layers(monkeypatch):
+    """Its kernels take 65,535 rows; temporal attention has one for each latent position and head."""
+    model = load_model(load_config(REPO / "configs/tiny.yaml", []).model)
+    everywhere = partial(model.unet.set_attn_processor, XFormersAttnProcessor())  # diffusers' own asks for a GPU
+    monkeypatch.setattr(model.unet, "enable_xformers_memory_efficient_attention", everywhere)
+    _use_xformers(model)
+    used = {name: type(p).__name__ for name, p in model.unet.attn_processors.items()}
+    temporal = {kind for name, kind in used.items() if "temporal_transformer_blocks" in name}
+    spatial = {kind for name, kind in used.items() if "temporal_transformer_blocks" not in name}
+    assert (temporal, spatial) == ({"AttnProcessor2_0"}, {"XFormersAttnProcessor"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("xformers"), reason="needs a GPU and xformers")
+def test_xformers_takes_more_positions_than_its_kernels_have_rows():
+    """Eight clips of 72 x 128 latents: 73,728 rows of temporal attention for each head."""
+    model = load_model(load_config(REPO / "configs/tiny.yaml", []).model)
+    _use_xformers(model)
+    unet = model.unet.to("cuda", torch.bfloat16)
+    sample = torch.randn(8, 2, unet.config["in_channels"], 72, 128, device="cuda", dtype=torch.bfloat16)
+    context = torch.randn(8, 1, unet.config["cross_attention_dim"], device="cuda", dtype=torch.bfloat16)
+    ids = torch.zeros(8, 3, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        made = unet(sample, 0.0, encoder_hidden_states=context, added_time_ids=ids).sample
+    assert bool(made.isfinite().all())
