@@ -154,8 +154,12 @@ def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
     )
 
 
+def _go_on() -> None:
+    """Nobody is asked whether to stop."""
+
+
 def accumulate(
-    session: Session, batches: Iterator[VideoBatch], before_each: Callable[[], None] = lambda: None
+    session: Session, batches: Iterator[VideoBatch], before_each: Callable[[], None] = _go_on
 ) -> Accumulated:
     """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks.
 

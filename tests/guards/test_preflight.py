@@ -301,7 +301,7 @@ def test_train_refuses_and_starts_nothing(own, tmp_path, capsys):
     with pytest.raises(PreflightError, match=r"(?s)nothing was started.*DAT301"):
         cli._require_preflight(config)
     folder = tmp_path / "runs" / "tiny"
-    assert {path.name for path in folder.iterdir()} <= {"preflight.json", "status.json", ".lock"}
+    assert {path.name for path in folder.iterdir()} <= {"preflight.json", "status.json", ".lock", ".status.lock"}
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
     assert status["reason"].startswith("preflight: DAT301 ")
