@@ -85,7 +85,8 @@ def run_loop(session: Session, position: Position, resolved: str, wish: StopWish
     try:
         _train(run)
     except Halt as halt:
-        halted = halt
+        # Its frames keep the loader, whose workers are told to end only while their queues are whole: not by the collector.
+        halted = halt.with_traceback(None)
     else:
         if session.accelerator.is_main_process:
             run.validator.sheet(run.position.step)

@@ -1,5 +1,6 @@
 """The loop in this process on a small random model: gates, accumulation, precision, EMA, optimizers, logging."""
 
+import gc
 import json
 import math
 import weakref
@@ -422,3 +423,36 @@ def test_the_heart_beats_in_held_out_clips_sampler_steps_and_saves(session, monk
     monkeypatch.setattr(RunFolder, "beat", lambda _: beats.append(1))
     train(made)
     assert len(beats) == 2 * (3 + 4) + 1 + 2
+
+
+def test_a_stop_lets_go_of_the_loader_without_the_garbage_collector(session, monkeypatch):
+    """Only then does a DataLoader tell its workers to end; collected later, it waits five seconds for each of them."""
+    alive, real = [], loop.loader_from
+
+    class Batches:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return next(self.batches)
+
+    def watched(*arguments):
+        batches = Batches(iter(real(*arguments)))
+        alive.append(weakref.ref(batches))
+        return batches
+
+    monkeypatch.setattr(loop, "loader_from", watched)
+    made, wish = session("train.steps=9", "checkpoint.interval=100"), StopWish()
+    real_update = loop.update
+    monkeypatch.setattr(loop, "update", lambda *arguments: (wish.hear("SIGTERM"), real_update(*arguments))[1])
+    gc.disable()
+    try:
+        with pytest.raises(Stopped) as stopped:
+            train(made, wish)
+        assert [batches() for batches in alive] == [None]
+    finally:
+        gc.enable()
+    assert "after step 1" in str(stopped.value)
