@@ -85,6 +85,10 @@ class Data:
     """Mirror half of the clips left to right (keyed by sample number). Leave off when direction matters."""
     on_bad_clip: Literal["error", "skip"] = "skip"
     """What to do with a file that cannot be used: stop, or leave it out and write it to rejected.jsonl."""
+    windows: int | None = None
+    """Moments a clip may begin at in each file, spread evenly; null: any frame. A latent cache holds a number of them."""
+    latents: str | None = None
+    """Folder that `svdtune cache` filled with the encoded clips of this config; null: encode during training."""
     holdout: float = 0.1
     """Share of files kept for held-out loss and samples, chosen by file name, so it is stable when files are added. 0: none."""
     workers: int = 4
@@ -92,6 +96,15 @@ class Data:
 
     def __post_init__(self) -> None:
         self.root = _home("data.root", self.root)
+        self.latents = None if self.latents is None else _home("data.latents", self.latents)
+        _require(self.windows is None or self.windows >= 1, "data.windows", self.windows, ">= 1 or null")
+        _require(
+            self.latents is None or self.windows is not None,
+            "data.windows",
+            self.windows,
+            "a number with data.latents: a clip that begins at any frame is in no cache",
+            ("data.windows=4",),
+        )
         _require(self.num_frames >= 2, "data.num_frames", self.num_frames, ">= 2")
         for key in ("height", "width"):
             size = getattr(self, key)
@@ -198,6 +211,8 @@ class Train:
     """Keep an exponential moving average of the trained parameters; it is what is sampled and exported."""
     ema_decay: float = 0.9999
     """Upper bound of the EMA decay; it warms up from 0."""
+    compile: bool = False
+    """Compile the UNet's repeated blocks (torch.compile); needs an NVIDIA GPU. Minutes at the start, faster steps."""
     log_interval: int = 10
     """Optimizer steps between printed lines where there is no terminal; metrics.jsonl has every step."""
 
@@ -216,17 +231,35 @@ class Train:
 class Memory:
     """What is given up to fit."""
 
+    plan: Literal["auto"] | None = None
+    """auto: `svdtune train` takes the fastest settings of this section that fit the device, as `svdtune plan` finds them, and says
+    which; null: the settings as written."""
     checkpointing: Literal["auto", "none", "level0", "units", "nested", "diffusers"] = "auto"
     """Which UNet activations are recomputed in the backward pass. level0: ResNets and transformers of the highest resolution;
     units: of all levels; nested: these and the blocks inside them, which needs least; diffusers: its own flag, for comparison: it
     leaves the temporal blocks out. auto: units on an accelerator, none on a CPU."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention of the UNet. sdpa: torch's own. xformers, for the spatial layers: needs the package and an NVIDIA GPU."""
+    offload: bool = False
+    """Keep the inputs of recomputed units in the machine's memory instead of the GPU's until the backward pass needs them."""
+    parameters: Literal["fp32", "bf16"] = "fp32"
+    """Trained parameters and the optimizer's state. bf16: half the memory; updates are rounded up or down by chance, in proportion,
+    so that small ones are not lost."""
+    ema_on_cpu: bool = False
+    """Keep the moving average (train.ema) in the machine's memory instead of the GPU's."""
+    attention: Literal["auto", "sdpa", "flash", "cudnn", "xformers", "math"] = "auto"
+    """Kernel of the UNet's attention. auto: for each layer and shape the fastest that can do it; sdpa: torch chooses; flash, cudnn,
+    xformers: that one where it can, in spatial layers; math: plain products, for comparison."""
     vae_chunk: int = 4
     """Frames the VAE encodes or decodes at once, in float32."""
 
     def __post_init__(self) -> None:
         _require(self.vae_chunk >= 1, "memory.vae_chunk", self.vae_chunk, ">= 1")
+        _require(
+            not self.offload or self.checkpointing in ("auto", "level0", "units", "nested"),
+            "memory.offload",
+            self.offload,
+            f"false with memory.checkpointing={self.checkpointing}, which recomputes no units of ours",
+            ("memory.checkpointing=units",),
+        )
 
 
 @dataclass
@@ -335,6 +368,13 @@ class Config:
             "train.warmup",
             self.train.warmup,
             f"at most train.steps = {self.train.steps}: otherwise the peak learning rate is never reached",
+        )
+        _require(
+            self.memory.parameters == "fp32" or self.train.optimizer != "adafactor",
+            "train.optimizer",
+            self.train.optimizer,
+            "adamw or adamw8bit with memory.parameters=bf16: adafactor rounds each update to nearest, and small ones are lost",
+            ("train.optimizer=adamw",),
         )
         if self.adapt.method != "lora":
             for key, off in (("targets", None), ("alpha", None), ("dora", False)):
