@@ -17,7 +17,7 @@ def record(config: Config) -> Recording:
     with stage(config, model) as built:
         rehearsed = Rehearsed(config, built.parts, built.trained)
         axes = user_axes(config, built.parts.facts)
-        with cuda_rules(math=config.memory.attention == "math"), rehearsed.recorder.watching():
+        with cuda_rules(math=config.memory.attention == "math"):
             rehearsed.before()
             with rehearsed.step():
                 batch, draws = fake_record(VideoBatch, axes), fake_record(Draws, axes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +29,20 @@ class Peak:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class Record:
+    """What was seen."""
+
+    events: Sequence[tuple[int, int]]
+    """(storage, bytes) for a birth and (storage, 0) for a death, in their order, as an allocator sees them; storages count from 1."""
+    peaks: Mapping[str, Peak]
+    """By phase."""
+    costs: Mapping[str, Cost]
+
+
 class Recorder(TorchDispatchMode):
     """Follows every storage that operators make; `phase` names what is going on, backward passes aside, and is set by the caller.
 
-    `events` has (storage, bytes) for a birth and (storage, 0) for a death, in their order, as an allocator sees them.
     A module that runs inside a backward pass is being recomputed.
     """
 
@@ -60,6 +70,27 @@ class Recorder(TorchDispatchMode):
         for tensor in held:
             self._count(tensor)
         return self.live - before
+
+    def pass_over(self, *known: Tensor) -> None:
+        """These are counted elsewhere."""
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._seen[storage._cdata] = weakref.ref(storage)
+
+    def record(self) -> Record:
+        """So far."""
+        return Record(self.events, self.peaks, self.costs)
+
+    def repeat(self, other: Record) -> None:
+        """What another recorder saw, on top of what is here now."""
+        first = self._made
+        self.events += [(number + first, size) for number, size in other.events]
+        self._made += max((number for number, _ in other.events), default=0)
+        for phase, peak in other.peaks.items():
+            if self.live + peak.bytes > self.peaks.get(phase, _NONE).bytes:
+                self.peaks[phase] = Peak(self.live + peak.bytes, peak.where)
+        for phase, cost in other.costs.items():
+            self.costs.setdefault(phase, Cost()).add(cost)
 
     @contextmanager
     def watching(self) -> Iterator[Recorder]:

@@ -1,6 +1,6 @@
 """One whole step of training under the recorder: what lies on the device before it, the step itself, the optimizer, a sample video.
 
-The optimizer moves once before anything counts, so that its state is there: the recorded step is like every step after the first.
+The optimizer's state is there from the start: the recorded step is like every step after the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from svdtune.config.schema import Config
 from svdtune.engine import sharding
 from svdtune.guards.memory import state_bytes
 from svdtune.guards.plan_ops import Cost
-from svdtune.guards.plan_record import Peak, Recorder
+from svdtune.guards.plan_record import Peak, Record, Recorder
 from svdtune.guards.plan_replay import Allocator, Full
 from svdtune.launch import world_size
 from svdtune.trainer.optimizer import make_learning
@@ -82,20 +82,24 @@ class Recording:
 
 
 class Rehearsed:
-    """The recorder of one step; `before` and `after` go around it, all within its `watching()` and `cuda_rules`."""
+    """The recorder of one step; `before` and `after` go around it, all within `cuda_rules`."""
 
     def __init__(self, config: Config, parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
         self.config, self.trained = config, dict(trained)
         self.parts = replace(parts, vae_chunk=config.memory.vae_chunk)
         self.recorder = Recorder({"unet": parts.unet, "vae": parts.vae, "image_encoder": parts.image_encoder})
-        self.learning: Any = None
+        self.optimizing: Any = None
         self.held: list[Tensor] = []
 
     def before(self) -> None:
         """Weights, the optimizer's state, the average, DDP's buckets, and gradients of the micro-steps before."""
+        with self.recorder.watching():
+            self._before()
+
+    def _before(self) -> None:
         recorder, parts = self.recorder, self.parts
         recorder.phase = "start"
-        self.held.append(torch.empty(BLAS, dtype=torch.uint8))
+        self._hold(BLAS)
         networks = (parts.unet, parts.vae, parts.image_encoder)
         self.weights = recorder.hold(t for network in networks for t in (*network.parameters(), *network.buffers()))
         already = recorder.live
@@ -115,7 +119,7 @@ class Rehearsed:
         self.recorder.phase = "encode"
         hook = self.parts.unet.register_forward_pre_hook(lambda *_: setattr(self.recorder, "phase", "forward"))
         try:
-            with _once(self.parts.vae, self.recorder):
+            with self.recorder.watching(), _once(self.parts.vae, self.recorder):
                 yield
         finally:
             hook.remove()
@@ -125,48 +129,45 @@ class Rehearsed:
         recorder, parameters = self.recorder, list(self.trained.values())
         gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
         recorder.phase = "optimizer"
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_norm or float("inf"))
-        self._move()
-        if self.config.validation.images or self.config.validation.samples:
+        with recorder.watching():
+            self._move()
+        validation = self.config.validation
+        if validation.images or validation.samples:
             recorder.phase = "sample"
-            self._sample()
+            recorder.repeat(sampled(self.config, self.parts))
         peaks = {phase: peak for phase, peak in recorder.peaks.items() if phase not in ("", "start")}
         count = sum(parameter.numel() for parameter in parameters)
         return Recording(self.weights, self.optimizer, count, gradients, peaks, recorder.costs, recorder.events, self.steady)
 
     def _learning(self) -> None:
-        parameters = list(self.trained.values())
-        if self.config.train.optimizer == "adamw8bit":  # bitsandbytes needs a GPU
-            size = state_bytes(self.config)
-            self.held += [torch.empty(int(size * p.numel()), dtype=torch.uint8) for p in parameters]
+        """bf16 parameters have an optimizer of ours, which is run; of the others only the state takes memory."""
+        config, count = self.config, sum(parameter.numel() for parameter in self.trained.values())
+        averages = 4 * count if config.train.ema and not config.memory.ema_on_cpu else 0
+        if config.memory.parameters == "fp32":
+            self._hold(int(count * state_bytes(config)), averages)
             return
-        self.learning = make_learning(self.config.train, self.trained, torch.device("cpu"))
-        for parameter in parameters:
+        self._hold(averages)
+        self.optimizing = make_learning(config.train, self.trained, torch.device("cpu")).optimizer
+        for parameter in self.trained.values():
             parameter.grad = torch.empty_like(parameter)
         self._move()
 
+    def _hold(self, *sizes: int) -> None:
+        self.held += [torch.empty(size, dtype=torch.uint8) for size in sizes if size]
+
     def _move(self) -> None:
-        if self.learning is not None:
-            self.learning.optimizer.step()
-            if self.learning.ema is not None:
-                self.learning.ema.step(self.trained.values())
+        if self.optimizing is not None:
+            self.optimizing.step()
+        else:
+            self.recorder.spent().add(self._adamw())
         for parameter in self.trained.values():
             parameter.grad = None
 
-    @torch.no_grad()
-    def _sample(self) -> None:
-        """One call of the UNet as the sampler makes it, with guidance two clips at once, and the decoding of a video."""
-        config, facts, parts = self.config, self.parts.facts, self.parts
-        b = 2 if config.validation.guidance[1] > 1 else 1
-        axes = facts.axes(b=b, t=config.data.num_frames, h=config.data.height, w=config.data.width)
-        t, z, h, w = axes["t"], axes["z"], axes["h"] // facts.f, axes["w"] // facts.f
-        noisy, token, ids = torch.empty(b, t, 2 * z, h, w), torch.empty(b, 1, facts.d), torch.empty(b, facts.m)
-        with torch.autocast("cpu", dtype=parts.dtype, enabled=parts.dtype != torch.float32):
-            parts.unet(noisy, torch.empty(()), encoder_hidden_states=token, added_time_ids=ids, return_dict=False)[0].float()
-        holder: Any = SimpleNamespace(vae=parts.vae)
-        latents, chunk = torch.empty(1, t, z, h, w), config.memory.vae_chunk
-        with _once(parts.vae, self.recorder):
-            StableVideoDiffusionPipeline.decode_latents(holder, latents, t, chunk)
+    def _adamw(self) -> Cost:
+        """Reads parameters, gradients and state, writes parameters and state; fused, it makes nothing in between."""
+        parameters = sum(parameter.nbytes for parameter in self.trained.values())
+        moved = 3 * parameters + 2 * int(sum(p.numel() for p in self.trained.values()) * state_bytes(self.config))
+        return Cost(bytes=moved, seconds=moved / self.recorder.card.bandwidth, kernels=1)
 
 
 @contextmanager
@@ -199,3 +200,35 @@ def _encoded(moments: Tensor) -> Any:
 
 def _decoded(sample: Tensor) -> Any:
     return SimpleNamespace(sample=sample)
+
+
+_SAMPLED: dict[str, Record] = {}
+
+
+def sampled(config: Config, parts: Parts) -> Record:
+    """What a sample video makes, beside the weights; the same for runs that differ in how they train."""
+    facts, data = parts.facts, config.data
+    b = 2 if config.validation.guidance[1] > 1 else 1
+    axes = facts.axes(b=b, t=data.num_frames, h=data.height, w=data.width)
+    key = repr((axes, parts.unet.config, parts.vae.config, config.adapt, config.train.precision, config.memory.parameters,
+                config.memory.vae_chunk, config.memory.attention))  # fmt: skip
+    if key not in _SAMPLED:
+        recorder = Recorder({"unet": parts.unet, "vae": parts.vae})
+        recorder.phase = "sample"
+        recorder.pass_over(*parts.unet.parameters(), *parts.unet.buffers(), *parts.vae.parameters(), *parts.vae.buffers())
+        with recorder.watching(), torch.no_grad():
+            _sample(parts, axes, config.memory.vae_chunk, recorder)
+        _SAMPLED[key] = recorder.record()
+    return _SAMPLED[key]
+
+
+def _sample(parts: Parts, axes: Mapping[str, int], chunk: int, recorder: Recorder) -> None:
+    """One call of the UNet as the sampler makes it, with guidance two clips at once, and the decoding of a video."""
+    facts = parts.facts
+    b, t, z, h, w = axes["b"], axes["t"], axes["z"], axes["h"] // facts.f, axes["w"] // facts.f
+    noisy, token, ids = torch.empty(b, t, 2 * z, h, w), torch.empty(b, 1, facts.d), torch.empty(b, facts.m)
+    with torch.autocast("cpu", dtype=parts.dtype, enabled=parts.dtype != torch.float32):
+        parts.unet(noisy, torch.empty(()), encoder_hidden_states=token, added_time_ids=ids, return_dict=False)[0].float()
+    holder: Any = SimpleNamespace(vae=parts.vae)
+    with _once(parts.vae, recorder):
+        StableVideoDiffusionPipeline.decode_latents(holder, torch.empty(1, t, z, h, w), t, chunk)

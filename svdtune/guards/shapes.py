@@ -139,7 +139,7 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     ]
     facts = built.parts.facts
     rehearsed = Rehearsed(config, built.parts, built.trained)
-    with cuda_rules(math=config.memory.attention == "math"), rehearsed.recorder.watching():
+    with cuda_rules(math=config.memory.attention == "math"):
         rehearsed.before()
         with rehearsed.step(), Strict():
             failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts))
