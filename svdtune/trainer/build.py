@@ -24,6 +24,7 @@ from svdtune.engine import Sharding, set_aside, sharding, unfit
 from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, cores, local_processes
 from svdtune.model.adapt import adapt
+from svdtune.model.fold import fold
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.recompute import recompute
 from svdtune.model.source import weights_hash
@@ -176,11 +177,12 @@ def _use_xformers(model: ModelParts) -> None:
 
 
 def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:
-    """Adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
+    """Fold, adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
 
     `on_accelerator` decides what memory.checkpointing=auto means.
     """
     dtype = DTYPES[config.train.precision]
+    fold(model.unet)
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
     policy = config.memory.checkpointing
     recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
