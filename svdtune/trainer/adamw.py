@@ -49,10 +49,12 @@ class RoundingAdamW(torch.optim.Optimizer):
         self.seed, self.compiled = seed, compiled
         kinds = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
         if kinds != {torch.bfloat16}:
-            raise ValueError(f"{type(self).__name__} moves bfloat16 parameters, got {', '.join(sorted(map(str, kinds)))}")
+            raise ValueError(
+                f"{type(self).__name__} moves bfloat16 parameters, got {', '.join(sorted(map(str, kinds)))}"
+            )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
         for index, group in enumerate(self.param_groups):
             for number, bucket in enumerate(self._buckets(group["params"])):
@@ -96,7 +98,9 @@ class RoundingAdamW(torch.optim.Optimizer):
         sizes = [_up(len(weights)) for weights in columns[0]]
         weights, gradients, *state = [_join(column, sizes, span) for column, span in zip(columns, spans, strict=True)]
         generator = torch.Generator(device).manual_seed(_key(self.seed, step, *place))
-        chance = torch.empty(len(weights), dtype=torch.int32, device=device).random_(-(2**31), 2**31, generator=generator)
+        chance = torch.empty(len(weights), dtype=torch.int32, device=device).random_(
+            -(2**31), 2**31, generator=generator
+        )
         arithmetic = _compiled(self.arithmetic()) if self.compiled else self.arithmetic()
         kept = arithmetic(weights, gradients, *state, chance, shrink, rate, root, beta1, beta2, group["eps"])
         for flat, column, span in zip(kept, (columns[0], *columns[2:]), (1, *spans[2:]), strict=True):
@@ -142,7 +146,9 @@ def round_by_chance(x: Tensor, chance: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, bits.view(torch.float32)).to(torch.bfloat16)
 
 
-def encode(x: Tensor, decode: Callable[[Tensor], Tensor], code: Callable[[Tensor], Tensor], chance: Tensor) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor, decode: Callable[[Tensor], Tensor], code: Callable[[Tensor], Tensor], chance: Tensor
+) -> tuple[Tensor, Tensor]:
     """Codes (as float32) and the bfloat16 scale of each row of x (groups, 32), drawn so that their mean decodes to x.
 
     `code` and `decode` lead from [-1, 1] to codes and back; `chance` is int32 uniform in [0, 65536).
@@ -229,7 +235,7 @@ def _up(count: int) -> int:
     return -(-count // GROUP) * GROUP
 
 
-def _join(column: Sequence[Tensor], sizes: Sequence[int], span: int) -> Tensor:
+def _join(column: list[Tensor], sizes: Sequence[int], span: int) -> Tensor:
     """One flat tensor, each part filled up with zeros to whole groups."""
     flat = torch.zeros(sum(sizes) // span, dtype=column[0].dtype, device=column[0].device)
     torch._foreach_copy_(_views(flat, column, sizes, span), column)
