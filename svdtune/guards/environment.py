@@ -265,7 +265,7 @@ def _precision(config: Config) -> list[Finding]:
 
 def _optimizer(config: Config) -> list[Finding]:
     """ENV008: adamw8bit without bitsandbytes or without a GPU."""
-    if config.train.optimizer != "adamw8bit":
+    if config.train.optimizer != "adamw8bit" or config.memory.parameters == "bf16":
         return []
     missing = importlib.util.find_spec("bitsandbytes") is None
     if not missing and _cuda():

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=1)
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+TRAINED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By memory.parameters."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def make_accelerator(config: Config) -> Accelerator:
     if not_ours := unfit():
         raise UsageError(str(not_ours))
     if sharding():
-        require_shardable(config.train)
+        require_shardable(config)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     with set_aside():
         accelerator = Accelerator(
@@ -125,7 +127,7 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         trained = shard(model.unet, trained, shards, accelerator.device)
     else:
         model.unet.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    learning = make_learning(config.train, trained, accelerator.device)
+    learning = make_learning(config, trained, accelerator.device)
     unet = model.unet if shards else accelerator.prepare(model.unet)
     wrapped: Any = accelerator.prepare(learning.optimizer)
     return Session(
@@ -183,7 +185,8 @@ def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool)
     """
     dtype = DTYPES[config.train.precision]
     fold(model.unet)
-    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    held = TRAINED[config.memory.parameters]
+    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed, trained_dtype=held)
     policy = config.memory.checkpointing
     recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
     model.unet.train()
