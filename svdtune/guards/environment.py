@@ -347,7 +347,7 @@ def _shared_memory(config: Config) -> list[Finding]:
 
     data, processes = config.data, local_processes()
     room = shared_memory(data, config.train.batch_size)
-    if data.workers == 0 or room is None:
+    if data.workers == 0 or room is None or data.latents:  # of encoded clips the loader says it
         return []
     each, free = room
     workers = free // (each * processes)

@@ -112,7 +112,8 @@ def make_accelerator(config: Config) -> Accelerator:
 def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: Catalog) -> Session:
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
-    model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
+    bridge = config.conditioning.bridge is not None
+    model = load_model(config.model, bridge=bridge, seed=config.run.seed, only=networks_of(config))
     trained = prepare_networks(model, config, on_accelerator=accelerator.device.type != "cpu")
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
@@ -120,7 +121,7 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
             print(*model.widening.said, sep="\n", file=sys.stderr)
     if config.memory.attention == "xformers":
         _use_xformers(model)
-    for network in (model.vae, model.image_encoder):
+    for network in (model.vae,) if config.data.latents else (model.vae, model.image_encoder):
         network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shards = sharding() if torch.distributed.is_initialized() else None
     if shards:  # parts go to the device, the whole never does
@@ -147,6 +148,12 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         # Hashing the base reads gigabytes, and only the main process writes manifests.
         conventions=conventions(config, model) if accelerator.is_main_process else {},
     )
+
+
+def networks_of(config: Config) -> tuple[str, ...]:
+    """The networks that a run needs. With cached clips the CLIP tower is for sample videos alone, and waits on the CPU for them."""
+    samples = bool(config.validation.images or config.validation.samples)
+    return ("unet", "vae", "image_encoder") if samples or not config.data.latents else ("unet", "vae")
 
 
 def dismiss(accelerator: Accelerator) -> None:

@@ -310,11 +310,8 @@ FRESH = [
     _live(
         "only the file's first window",
         "own",
-        "dataset.ClipDataset.window_of",
-        (
-            "start = int(rng.integers(start_frames(index, num_frames=self.data.num_frames, fps=self.data.fps)))",
-            "start = 0",
-        ),
+        "dataset.window_number",
+        ("number = int(rng.integers(starts))", "number = 0"),
     ),
     _live(
         "clips at fps-1",
@@ -400,8 +397,8 @@ FRESH = [
     _live(
         "same file order each epoch",
         "own",
-        "dataset.ClipDataset.file_of",
-        ("_order(self.seed, epoch,", "_order(self.seed, 0,"),
+        "dataset.file_number",
+        ("_order(seed, epoch,", "_order(seed, 0,"),
     ),
     _live(
         "noise strength beyond 1 clipped in cond only",
