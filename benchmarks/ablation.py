@@ -1,7 +1,7 @@
 """Every trick by itself: memory and seconds of an update with all of them, with one left out, and with none.
 
     python benchmarks/ablation.py configs/svd_xt_full.yaml train.ema=false
-    python benchmarks/ablation.py configs/tiny.yaml --steps 3 --only "all" "none" "no fold"          # the same path on a CPU
+    python benchmarks/ablation.py configs/tiny.yaml train.precision=bf16 --steps 3 --only all none "no fold"    # on a CPU
 
 Random weights, one clip of the configuration's size. What does not fit says so and the next row follows. Prints one JSON object.
 """

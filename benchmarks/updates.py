@@ -67,7 +67,9 @@ def memory() -> dict[str, float]:
 
 def our_update(config: Config, where: torch.device) -> Callable[[], None]:
     """svdtune's update of one micro-step as `config` says: train_step, backward, clipping, the optimizer's step, averages."""
-    model = random_model(config, where)
+    model: Any = random_model(config, where)
+    if config.data.latents:
+        model.image_encoder.to("meta")  # as in training, the tower is not on the device
     trained = prepare_networks(model, config, on_accelerator=where.type != "cpu")
     model.unet.to(where)
     learning = make_learning(config, trained, where)
