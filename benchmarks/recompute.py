@@ -91,7 +91,7 @@ def updates(config: Config, device: torch.device, steps: int) -> list[float]:
     if config.memory.attention == "xformers":
         _use_xformers(model)
     model.unet.to(device)
-    learning = make_learning(config.train, trained, device)
+    learning = make_learning(config, trained, device)
     parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, DTYPES[config.train.precision],
                   config.memory.vae_chunk)  # fmt: skip
     data = config.data

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from svdtune.contracts import Draws, Encoded, Prediction, StepResult, UNetInput, VideoBatch, specs
+from svdtune.contracts import Draws, Encoded, LatentBatch, Prediction, StepResult, UNetInput, VideoBatch, specs
 
 TARGET = Path(__file__).parents[1] / "docs" / "contracts.md"
 HEAD = """# Every tensor that crosses a seam
@@ -18,7 +18,7 @@ c, f, z, d and m are read from the model's own `config.json`; for SVD and SVD-XT
 def render() -> str:
     """The page: one table per record, one row per field."""
     sections = [HEAD]
-    for record in (VideoBatch, Draws, Encoded, UNetInput, Prediction, StepResult):
+    for record in (VideoBatch, LatentBatch, Draws, Encoded, UNetInput, Prediction, StepResult):
         rows = [
             f"## {record.__name__}",
             (record.__doc__ or "").splitlines()[0],

@@ -64,6 +64,14 @@ Examples:
   svdtune explain SHP402
 """
 
+_CACHE_EXAMPLES = """\b
+Examples:
+  svdtune cache configs/tiny.yaml data.latents=latents/ data.windows=4
+  svdtune train configs/tiny.yaml data.latents=latents/ data.windows=4
+  accelerate launch --multi_gpu -m svdtune cache configs/svd_xt_lora.yaml data.latents=latents/ data.windows=4
+The same command again encodes what is missing, and nothing else.
+"""
+
 _SAMPLE_EXAMPLES = """\b
 Examples:
   svdtune sample runs/tiny first_frame.png
@@ -193,6 +201,17 @@ def preflight(
     code = preflight_verb(config, overrides or (), only=only, exhaustive=exhaustive, gpu=gpu, fix=fix, as_json=as_json)
     if code:
         raise typer.Exit(code)
+
+
+@app.command(epilog=_CACHE_EXAMPLES)
+def cache(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Encode the clips of CONFIG once, into data.latents, so that training needs neither videos nor CLIP. Goes on where it stands."""
+    loaded = load_config(config, overrides or ())
+    launch.join_world(sys.argv[1:])
+    with _explained(loaded):
+        from svdtune.trainer.caching import run_cache
+
+        print(run_cache(loaded))
 
 
 @app.command(epilog=_TRACE_EXAMPLES)
@@ -402,9 +421,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         own, for_launcher = launch.split_arguments(sys.argv[1:])
-        if for_launcher and own[:1] != ["train"]:
+        if for_launcher and own[:1] not in (["train"], ["cache"]):
             raise UsageError(
-                f"arguments after -- go to accelerate launch, which only `svdtune train` uses: {for_launcher}"
+                f"arguments after -- go to accelerate launch, which only `svdtune train` and `svdtune cache` use: {for_launcher}"
             )
         app(args=own, prog_name="svdtune")
     except SvdtuneError as error:

@@ -23,6 +23,7 @@ _ENTRY = str(Path(__file__).resolve().parent)
 # The variables accelerate itself reads (`utils/environment.py:get_cpu_distributed_information`).
 _WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
@@ -80,6 +81,11 @@ def rank() -> int:
 def world_size() -> int:
     """Processes of the whole run, as far as the environment says."""
     return max(_first_int(os.environ, _WORLD_SIZE, 1), 1)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine: its GPU."""
+    return _first_int(os.environ, _LOCAL_RANK, 0)
 
 
 def local_processes() -> int:

@@ -40,11 +40,6 @@ class OptimizerState:
     plain: Mapping[str, Any]
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer, named_parameters: NamedParameters) -> None:
-    """Write the state of every parameter and the hyper-parameters of every group. Raises as `optimizer_state` does."""
-    write_optimizer(folder, optimizer_state(optimizer, named_parameters))
-
-
 def write_optimizer(folder: Path, state: OptimizerState) -> None:
     """Write both files."""
     save_tensors(folder / _TENSORS, state.tensors)
@@ -88,7 +83,8 @@ def load_optimizer(folder: Path, optimizer: Optimizer, named_parameters: NamedPa
     if saved["optimizer"] != _class_name(optimizer):
         raise CheckpointError(
             f"{path}: the run was made with the optimizer {saved['optimizer']}, this config uses "
-            f"{_class_name(optimizer)}. Resume needs the same train.optimizer: restore it, or start a new run with another run.name."
+            f"{_class_name(optimizer)}. Resume needs the same train.optimizer and memory.parameters: restore them, or start a new "
+            "run with another run.name."
         )
     shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
     require_same(path, shapes, shapes_of(parameters))

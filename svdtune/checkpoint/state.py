@@ -34,7 +34,7 @@ def save_trained(folder: Path, named_parameters: NamedTensors, lora: bool) -> No
 def load_trained(folder: Path, named_parameters: NamedParameters, *, ema: bool = False) -> None:
     """Copy the saved values into the trained parameters; with `ema` their moving averages (what is sampled and exported).
 
-    Raises CheckpointError when names, shapes or dtypes are not exactly those of `named_parameters`.
+    Raises CheckpointError when names, shapes or dtypes are not exactly those of `named_parameters`; bfloat16 goes into float32 too.
     """
     parameters = dict(named_parameters)
     path = folder / (_EMA if ema else _LORA if (folder / _LORA).exists() else _FULL)
@@ -67,10 +67,11 @@ def _copy_exactly(path: Path, targets: dict[str, Tensor]) -> None:
     saved: dict[str, Any] = load_tensors(path)
     require_same(path, shapes_of(saved), shapes_of(targets))
     for name, target in targets.items():
-        if saved[name].dtype != target.dtype:
+        loses_nothing = (saved[name].dtype, target.dtype) == (torch.bfloat16, torch.float32)
+        if saved[name].dtype != target.dtype and not loses_nothing:
             raise CheckpointError(
                 f"{path}: {name} was saved as {saved[name].dtype}, this run holds it as {target.dtype}: "
-                "resume would round it. Trained parameters are float32; use the svdtune version that made the run."
+                "resume would round it. Restore memory.parameters, or start a new run with another run.name."
             )
     with torch.no_grad():
         for name, target in targets.items():

@@ -194,9 +194,10 @@ class Train:
     lr: float = 1e-4
     """Peak learning rate."""
     precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Compute dtype: frozen weights and autocast. Trained parameters, sigma and the loss are always float32."""
+    """Compute dtype: frozen weights and autocast. Sigma and the loss are always float32, trained parameters as memory.parameters says."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
-    """adamw: fused where it exists. adamw8bit needs bitsandbytes. adafactor needs transformers."""
+    """adamw: fused where it exists. adamw8bit: state in 8 bits; needs bitsandbytes and an NVIDIA GPU, with memory.parameters=bf16
+    neither. adafactor: next to no state."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates (adamw and adamw8bit)."""
     weight_decay: float = 0.01
@@ -212,7 +213,8 @@ class Train:
     ema_decay: float = 0.9999
     """Upper bound of the EMA decay; it warms up from 0."""
     compile: bool = False
-    """Compile the UNet's repeated blocks (torch.compile); needs an NVIDIA GPU. Minutes at the start, faster steps."""
+    """Compile the UNet's repeated blocks, and the optimizer of memory.parameters=bf16 (torch.compile); needs an NVIDIA GPU. Minutes at
+    the start, faster steps."""
     log_interval: int = 10
     """Optimizer steps between printed lines where there is no terminal; metrics.jsonl has every step."""
 
@@ -241,8 +243,8 @@ class Memory:
     offload: bool = False
     """Keep the inputs of recomputed units in the machine's memory instead of the GPU's until the backward pass needs them."""
     parameters: Literal["fp32", "bf16"] = "fp32"
-    """Trained parameters and the optimizer's state. bf16: half the memory; updates are rounded up or down by chance, in proportion,
-    so that small ones are not lost."""
+    """Trained parameters, their gradients and the optimizer's state. bf16: half the memory; updates are rounded up or down by chance,
+    in proportion, so that small ones are not lost. Needs train.precision=bf16."""
     ema_on_cpu: bool = False
     """Keep the moving average (train.ema) in the machine's memory instead of the GPU's."""
     attention: Literal["auto", "sdpa", "flash", "cudnn", "xformers", "math"] = "auto"
@@ -375,6 +377,13 @@ class Config:
             self.train.optimizer,
             "adamw or adamw8bit with memory.parameters=bf16: adafactor rounds each update to nearest, and small ones are lost",
             ("train.optimizer=adamw",),
+        )
+        _require(
+            self.memory.parameters == "fp32" or self.train.precision == "bf16",
+            "train.precision",
+            self.train.precision,
+            "bf16 with memory.parameters=bf16, which holds what is trained in no other type",
+            ("train.precision=bf16",),
         )
         if self.adapt.method != "lora":
             for key, off in (("targets", None), ("alpha", None), ("dora", False)):

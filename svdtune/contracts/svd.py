@@ -62,6 +62,34 @@ class VideoBatch:
 
 
 @dataclass(frozen=True)
+class LatentBatch:
+    """Clips as `svdtune cache` left them: what the frozen networks make of a clip, before anything random."""
+
+    latents_mean: Tensor = tensor(
+        "b t z h/f w/f", "mean of the VAE posterior of every frame, unscaled", dtype="float16"
+    )
+    latents_std: Tensor = tensor("b t z h/f w/f", "its standard deviation", dtype="float16")
+    image_embeds: Tensor = tensor("b d", "CLIP embedding of the clean first frame", dtype="float32")
+    first_frame: Tensor = tensor("b c h w", "in [-1, 1], RGB; its noise differs in each step", dtype="float16")
+    fps: Tensor = tensor("b", "frames per second of the sampled clip (not of the file)", dtype="float32")
+    motion_bucket: Tensor = tensor("b", "motion_bucket_id, about how much moves", dtype="float32")
+    sample: Tensor = tensor("b", "global sample number: the key of everything random", dtype="int64")
+    names: tuple[str, ...] = ()
+    """Files the clips come from, relative to data.root."""
+    rejected: tuple[str, ...] = ()
+    """One line for each clip that was replaced because it could not be decoded."""
+
+    def axes(self, facts: ModelFacts) -> Axes:
+        """Named sizes of this batch; frames are bound by the latents, height and width by the first frame."""
+        return facts.axes(b=len(self.sample), t=self.latents_mean.shape[1], h=self.first_frame.shape[2],
+                          w=self.first_frame.shape[3])  # fmt: skip
+
+
+Batch = VideoBatch | LatentBatch
+"""What a step begins with."""
+
+
+@dataclass(frozen=True)
 class Draws:
     """Everything random of one step, drawn per sample from (seed, global sample number)."""
 
@@ -96,7 +124,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip after the frozen networks: what a latent cache would hold."""
+    """A clip after the frozen networks, for one step."""
 
     latents: Tensor = tensor("b t z h/f w/f", "x0 = scaling_factor * posterior sample", dtype="float32")
     image_latents: Tensor = tensor("b z h/f w/f", "posterior mode of the noised first frame, unscaled", dtype="float32")

@@ -20,7 +20,7 @@ from svdtune.errors import DataError
 
 _ORDER, _WINDOW, _REPLACEMENT = 1, 2, 3
 """Keys that keep the three kinds of draws apart."""
-_ATTEMPTS = 8
+ATTEMPTS = 8
 """Files tried for one sample before giving up."""
 
 
@@ -52,7 +52,7 @@ class ClipDataset:
         `data.on_bad_clip` is `skip`. Raises DataError when it is `error`, or when 8 files in a row fail.
         """
         rejected: list[str] = []
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             index = self.file_of(sample, attempt)
             try:
                 pixels = self._cut(index, sample, attempt)
@@ -63,24 +63,48 @@ class ClipDataset:
                 continue
             return Clip(pixels, sample, clip_name(index, self.data), tuple(rejected))
         reasons = "\n  ".join(dict.fromkeys(rejected))
-        raise DataError(f"sample {sample}: none of {_ATTEMPTS} files could be decoded; check data.root:\n  {reasons}")
+        raise DataError(f"sample {sample}: none of {ATTEMPTS} files could be decoded; check data.root:\n  {reasons}")
 
     def file_of(self, sample: int, attempt: int = 0) -> VideoIndex:
         """The file a sample is cut from: its place in the epoch's permutation, or a replacement draw."""
-        if attempt:
-            return self.files[int(_rng(self.seed, _REPLACEMENT, sample, attempt).integers(len(self.files)))]
-        epoch, position = divmod(sample, len(self.files))
-        return self.files[_order(self.seed, epoch, len(self.files))[position]]
+        return self.files[file_number(self.seed, len(self.files), sample, attempt)]
+
+    def name_of(self, sample: int) -> str:
+        """The file a sample should come from, for messages."""
+        return str(self.file_of(sample).path)
 
     def window_of(self, index: VideoIndex, sample: int, attempt: int = 0) -> tuple[int, bool]:
         """The frame number a sample starts at, and whether it is mirrored."""
-        rng = _rng(self.seed, _WINDOW, sample, attempt)
-        start = int(rng.integers(start_frames(index, num_frames=self.data.num_frames, fps=self.data.fps)))
-        return start, bool(rng.random() < 0.5) and self.data.flip
+        starts = window_starts(self.data, index)
+        number, mirrored = window_number(self.seed, len(starts), sample, attempt)
+        return starts[number], mirrored and self.data.flip
 
     def _cut(self, index: VideoIndex, sample: int, attempt: int) -> Tensor:
         start, flip = self.window_of(index, sample, attempt)
         return read_clip(self.data, index, start_frame=start, flip=flip)
+
+
+def window_starts(data: Data, index: VideoIndex) -> Sequence[int]:
+    """The frame numbers that training clips of a file begin at: all, or the `data.windows` that lie evenly spread."""
+    starts = start_frames(index, num_frames=data.num_frames, fps=data.fps)
+    if data.windows is None or data.windows >= starts:
+        return range(starts)
+    return [int((number + 0.5) / data.windows * starts) for number in range(data.windows)]
+
+
+def file_number(seed: int, files: int, sample: int, attempt: int = 0) -> int:
+    """Which of so many files a sample is cut from."""
+    if attempt:
+        return int(_rng(seed, _REPLACEMENT, sample, attempt).integers(files))
+    epoch, position = divmod(sample, files)
+    return int(_order(seed, epoch, files)[position])
+
+
+def window_number(seed: int, starts: int, sample: int, attempt: int = 0) -> tuple[int, bool]:
+    """Which of so many starts of its file, and whether it is mirrored where data.flip allows it."""
+    rng = _rng(seed, _WINDOW, sample, attempt)
+    number = int(rng.integers(starts))
+    return number, bool(rng.random() < 0.5)
 
 
 def read_clip(data: Data, index: VideoIndex, *, start_frame: int, flip: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples to `VideoBatch`, in worker processes, without any state that a checkpoint would have to hold."""
+"""Samples to `VideoBatch` or `LatentBatch`, in worker processes, without any state that a checkpoint would have to hold."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from svdtune.config.schema import Data
-from svdtune.contracts import VideoBatch
+from svdtune.contracts import Batch, LatentBatch, VideoBatch
+from svdtune.data.cached import LatentClip, LatentDataset, clip_bytes
 from svdtune.data.dataset import Clip, ClipDataset
 from svdtune.data.index import VideoIndex
+from svdtune.data.latents import TENSORS, Index
 from svdtune.errors import DataError
 
 _SECONDS = 300
@@ -30,9 +32,25 @@ _PREFETCH = 2
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+Key = TypeVar("Key", contravariant=True)
+Record = TypeVar("Record", VideoBatch, LatentBatch)
+
+
+class Items(Protocol[Key]):
+    """What workers read: one answer for each key."""
+
+    def __getitem__(self, key: Key, /) -> dict[str, Any]:
+        """Tensors and plain values, or `{"error": sentence}`."""
+        ...
+
+    def told(self, key: Key, /) -> str:
+        """The key and its files, for messages."""
+        ...
+
+
 def make_loader(
     data: Data,
-    train: Sequence[VideoIndex],
+    train: Sequence[VideoIndex] | Index,
     *,
     seed: int,
     rank: int,
@@ -40,8 +58,9 @@ def make_loader(
     batch_size: int,
     first_sample: int,
     last_sample: int,
-) -> Iterator[VideoBatch]:
-    """Batches of this rank from global sample `first_sample` up to `last_sample` (exclusive).
+) -> Iterator[Batch]:
+    """Batches of this rank from global sample `first_sample` up to `last_sample` (exclusive), cut from the files `train`, or
+    read from the cache of which `train` is the index.
 
     Micro-step k of rank r holds samples `first_sample + (k * world + r) * batch_size` and following: ranks never share
     one, and N ranks with batch b see what one rank with batch N * b sees. All ranks get the same number of batches, so
@@ -52,25 +71,40 @@ def make_loader(
     stride = world * batch_size
     count = -(-(last_sample - first_sample) // stride)
     starts = [first_sample + k * stride + rank * batch_size for k in range(max(count, 0))]
-    batches = _Batches(ClipDataset(data, tuple(train), seed), batch_size)
+    cached = isinstance(train, Index)
+    clips = LatentDataset(data, train, seed) if cached else ClipDataset(data, tuple(train), seed)
     if data.workers and starts:
-        _require_shared_memory(data, batch_size)
-    answers = iter(_dataloader(batches, starts, data.workers))
-    for start in starts:
-        try:
-            answer = _next(answers)
-        except RuntimeError as error:  # raised by DataLoader for workers that hang or die
-            if not data.workers:
-                raise
-            raise DataError(_worker_trouble(batches, start, error)) from error
+        require_shared_memory(data, batch_size, clip_bytes(data, train) if cached else None)
+    for answer in answers(_Batches(clips, batch_size), starts, data.workers):
         if "error" in answer:
             raise DataError(answer["error"])
-        yield _video_batch(answer)
+        yield _record(LatentBatch, answer) if cached else _record(VideoBatch, answer)
+
+
+def answers(items: Items[Key], keys: Sequence[Key], workers: int) -> Iterator[dict[str, Any]]:
+    """`items[key]` for each key in order, read ahead by worker processes; 0: in this one.
+
+    Raises DataError naming the files when workers hang or crash.
+    """
+    made = iter(_dataloader(items, keys, workers if keys else 0))
+    for key in keys:
+        try:
+            answer = _next(made)
+        except RuntimeError as error:  # raised by DataLoader for workers that hang or die
+            if not workers:
+                raise
+            raise DataError(_worker_trouble(items, key, error)) from error
+        yield answer
 
 
 def collate(data: Data, clips: Sequence[Clip]) -> VideoBatch:
     """Clips to one batch; fps and motion_bucket come from the configuration."""
-    return _video_batch(_tensors(data, clips))
+    return _record(VideoBatch, _tensors(data, clips))
+
+
+def collate_cached(data: Data, clips: Sequence[LatentClip]) -> LatentBatch:
+    """The same of clips from the cache."""
+    return _record(LatentBatch, _tensors(data, clips))
 
 
 @dataclass(frozen=True)
@@ -80,7 +114,7 @@ class _Batches:
     Errors travel as values: DataLoader would wrap an exception's message in a worker's traceback.
     """
 
-    clips: ClipDataset
+    clips: ClipDataset | LatentDataset
     batch_size: int
 
     def __getitem__(self, start: int) -> dict[str, Any]:
@@ -89,8 +123,9 @@ class _Batches:
         except DataError as error:
             return {"error": str(error)}
 
-    def names(self, start: int) -> list[str]:
-        return [str(self.clips.file_of(start + i).path) for i in range(self.batch_size)]
+    def told(self, start: int) -> str:
+        names = ", ".join(self.clips.name_of(start + i) for i in range(self.batch_size))
+        return f"samples {start} to {start + self.batch_size - 1} ({names})"
 
 
 def _next(answers: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -106,7 +141,7 @@ def _next(answers: Iterator[dict[str, Any]]) -> dict[str, Any]:
                 raise RuntimeError(f"no answer in {_SECONDS} s") from error
 
 
-def _dataloader(batches: _Batches, starts: list[int], workers: int) -> DataLoader:
+def _dataloader(items: Items[Key], keys: Sequence[Key], workers: int) -> DataLoader:
     options: dict[str, Any] = {}
     if workers:
         options = {
@@ -116,9 +151,9 @@ def _dataloader(batches: _Batches, starts: list[int], workers: int) -> DataLoade
             "worker_init_fn": _start_worker,
         }
     return DataLoader(
-        batches,  # type: ignore[arg-type]  map-style by duck typing
+        items,  # type: ignore[arg-type]  map-style by duck typing
         batch_size=None,
-        sampler=starts,
+        sampler=keys,
         collate_fn=_same,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -153,10 +188,10 @@ def _end_with_trainer() -> None:
     os._exit(1)
 
 
-def _tensors(data: Data, clips: Sequence[Clip]) -> dict[str, Any]:
+def _tensors(data: Data, clips: Sequence[Clip | LatentClip]) -> dict[str, Any]:
     count = len(clips)
     return {
-        "pixels": torch.stack([clip.pixels for clip in clips]),
+        **(_latents(clips) if _are_cached(clips) else {"pixels": torch.stack([clip.pixels for clip in clips])}),  # pyright: ignore[reportAttributeAccessIssue]
         "fps": torch.full((count,), float(data.fps)),
         "motion_bucket": torch.full((count,), float(data.motion_bucket)),
         "sample": torch.tensor([clip.sample for clip in clips], dtype=torch.int64),
@@ -165,21 +200,34 @@ def _tensors(data: Data, clips: Sequence[Clip]) -> dict[str, Any]:
     }
 
 
-def _video_batch(answer: dict[str, Any]) -> VideoBatch:
-    return VideoBatch(**{**answer, "names": tuple(answer["names"]), "rejected": tuple(answer["rejected"])})
+def _are_cached(clips: Sequence[Clip | LatentClip]) -> TypeGuard[Sequence[LatentClip]]:
+    return isinstance(clips[0], LatentClip)
 
 
-def shared_memory(data: Data, batch_size: int) -> tuple[int, int] | None:
-    """Bytes of clips that one worker keeps waiting in shared memory, and bytes that are free there; None where there is none."""
+def _latents(clips: Sequence[LatentClip]) -> dict[str, torch.Tensor]:
+    if len(clips) == 1:  # views: nothing is copied
+        return {name: clips[0].tensors[name][None] for name in TENSORS}
+    return {name: torch.stack([clip.tensors[name] for clip in clips]) for name in TENSORS}
+
+
+def _record(record: type[Record], answer: dict[str, Any]) -> Record:
+    return record(**{**answer, "names": tuple(answer["names"]), "rejected": tuple(answer["rejected"])})
+
+
+def shared_memory(data: Data, batch_size: int, clip: int | None = None) -> tuple[int, int] | None:
+    """Bytes of clips that one worker keeps waiting in shared memory, and bytes that are free there; None where there is none.
+
+    `clip`: bytes of one; None: of decoded pixels.
+    """
     if not _SHARED_MEMORY.is_dir():
         return None
-    waiting = batch_size * data.num_frames * 3 * data.height * data.width * 4 * _PREFETCH
-    return waiting, shutil.disk_usage(_SHARED_MEMORY).free
+    each = data.num_frames * 3 * data.height * data.width * 4 if clip is None else clip
+    return batch_size * each * _PREFETCH, shutil.disk_usage(_SHARED_MEMORY).free
 
 
-def _require_shared_memory(data: Data, batch_size: int) -> None:
+def require_shared_memory(data: Data, batch_size: int, clip: int | None = None) -> None:
     """Workers hand tensors over in /dev/shm; when it is full the kernel kills them (64 MB is Docker's default)."""
-    room = shared_memory(data, batch_size)
+    room = shared_memory(data, batch_size, clip)
     if room is not None and room[1] < room[0] * data.workers:
         needed, free = room[0] * data.workers, room[1]
         raise DataError(
@@ -188,9 +236,8 @@ def _require_shared_memory(data: Data, batch_size: int) -> None:
         )
 
 
-def _worker_trouble(batches: _Batches, start: int, error: RuntimeError) -> str:
-    files = ", ".join(batches.names(start))
+def _worker_trouble(items: Items[Key], key: Key, error: RuntimeError) -> str:
     return (
-        f"loader workers failed at samples {start} to {start + batches.batch_size - 1} ({files}): {error}. "
+        f"loader workers failed at {items.told(key)}: {error}. "
         "If one file does it each time, remove it; data.workers=0 decodes in the training process"
     )

@@ -14,7 +14,7 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from svdtune.contracts import Draws, Encoded, UNetInput, VideoBatch
+from svdtune.contracts import Batch, Draws, Encoded, LatentBatch, UNetInput, VideoBatch
 from svdtune.diffusion.edm import add_noise, append_dims, scalings
 
 
@@ -44,6 +44,11 @@ def target_latents(vae: Any, batch: VideoBatch, draws: Draws, *, scaling_factor:
     mean, std = posterior(vae, rearrange(batch.pixels, "b t c h w -> (b t) c h w"), chunk)
     sample = mean + std * rearrange(draws.posterior_noise, "b t z h w -> (b t) z h w")
     return scaling_factor * rearrange(sample, "(b t) z h w -> b t z h w", b=b)
+
+
+def cached_latents(batch: LatentBatch, draws: Draws, *, scaling_factor: float) -> Tensor:
+    """`target_latents` of clips whose posterior is known: the same numbers are drawn from it."""
+    return scaling_factor * (batch.latents_mean.float() + batch.latents_std.float() * draws.posterior_noise)
 
 
 def image_latents(vae: Any, first_frame: Tensor, draws: Draws, *, chunk: int) -> Tensor:
@@ -86,12 +91,12 @@ def _on_device(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([torch.full((), value, device=like.device) for value in values])
 
 
-def added_time_ids(batch: VideoBatch, draws: Draws) -> Tensor:
+def added_time_ids(batch: Batch, draws: Draws) -> Tensor:
     """(b, 3) = [fps - 1, motion_bucket_id, noise_aug_strength], in that order (sgm svd.yaml; pipeline line 505)."""
     return torch.stack([batch.fps - 1, batch.motion_bucket, draws.noise_aug_strength], dim=1)
 
 
-def unet_input(encoded: Encoded, batch: VideoBatch, draws: Draws) -> UNetInput:
+def unet_input(encoded: Encoded, batch: Batch, draws: Draws) -> UNetInput:
     """The UNet's arguments for a clip at the drawn noise level.
 
     CLIP token and conditioning latent are dropped independently, after their encoders; the time ids never are.

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from svdtune.config.schema import Conditioning, Config, Objective
-from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, specs
+from svdtune.contracts import Axes, Batch, Draws, ModelFacts, specs
 from svdtune.diffusion.edm import log_normal
 
 TENSORS = ("noise", "posterior_noise", "pixel_noise")
@@ -27,7 +27,7 @@ def make_draws(
     return Draws(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
 
-def draws_for(batch: VideoBatch, facts: ModelFacts, config: Config) -> Draws:
+def draws_for(batch: Batch, facts: ModelFacts, config: Config) -> Draws:
     """What training draws for the clips of `batch`."""
     return make_draws(
         batch.sample.tolist(),

@@ -60,8 +60,8 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "fp16 with its gradient scaler needs an NVIDIA GPU; GPUs before Ampere only emulate bf16.",
          "Set train.precision=bf16 on CPUs and newer GPUs, fp16 on older ones."),
     Rule("ENV008", "the optimizer cannot run here",
-         "adamw8bit needs bitsandbytes and an NVIDIA GPU.",
-         "Set train.optimizer=adamw, or install svdtune[bitsandbytes]."),
+         "adamw8bit over float32 parameters needs bitsandbytes and an NVIDIA GPU.",
+         "Set train.optimizer=adamw, or install svdtune[bitsandbytes]; with memory.parameters=bf16 it runs anywhere."),
     Rule("ENV009", "a tracker is not installed",
          "tracking.backends names a package that is missing.",
          "Install it, or take it out of tracking.backends."),
@@ -540,10 +540,10 @@ _SEMANTICS: tuple[Rule, ...] = (
 )
 
 _PRECISION: tuple[Rule, ...] = (
-    Rule("NUM601", "trained parameters are not float32",
-         "A step of 1e-5 vanishes in bf16 weights (0.02 - 1e-5 == 0.02), and the gradient scaler of fp16 refuses fp16 gradients "
-         "(\"Attempting to unscale FP16 gradients\").",
-         "Keep trained parameters in float32 and cast only frozen ones."),
+    Rule("NUM601", "trained parameters are not what memory.parameters says",
+         "A step of 1e-5 vanishes in bf16 weights (0.02 - 1e-5 == 0.02) but for an optimizer that rounds by chance, and the gradient "
+         "scaler of fp16 refuses fp16 gradients (\"Attempting to unscale FP16 gradients\").",
+         "Keep trained parameters in float32 and cast only frozen ones; memory.parameters=bf16 holds them in bf16 and rounds by chance."),
     Rule("NUM602", "the VAE does not encode in float32",
          "In fp16 it overflows on bright pictures, in bf16 the latents are off by more than 1 %.",
          "svdtune/diffusion/conditioning.py:posterior."),
@@ -555,7 +555,7 @@ _PRECISION: tuple[Rule, ...] = (
          "svdtune/trainer/step.py:predict."),
     Rule("NUM605", "updates that are rounded away",
          "A number moves only when the update is larger than the spacing of its type: 0.02 - 1e-5 is 0.02 in bfloat16.",
-         "Keep trained parameters in float32; raise train.lr."),
+         "Keep trained parameters in float32, or in bf16 with memory.parameters=bf16; raise train.lr."),
     Rule("NUM606", "values that are not finite in the first step",
          "The finding names the first module whose output, or gradient, is not finite.",
          "Damaged weights: copy the base again. Overflow: train.precision=bf16."),

@@ -265,7 +265,7 @@ def _precision(config: Config) -> list[Finding]:
 
 def _optimizer(config: Config) -> list[Finding]:
     """ENV008: adamw8bit without bitsandbytes or without a GPU."""
-    if config.train.optimizer != "adamw8bit":
+    if config.train.optimizer != "adamw8bit" or config.memory.parameters == "bf16":
         return []
     missing = importlib.util.find_spec("bitsandbytes") is None
     if not missing and _cuda():
@@ -347,7 +347,7 @@ def _shared_memory(config: Config) -> list[Finding]:
 
     data, processes = config.data, local_processes()
     room = shared_memory(data, config.train.batch_size)
-    if data.workers == 0 or room is None:
+    if data.workers == 0 or room is None or data.latents:  # of encoded clips the loader says it
         return []
     each, free = room
     workers = free // (each * processes)

@@ -17,8 +17,7 @@ from torch import Tensor
 from svdtune.config.schema import Data
 from svdtune.contracts import VideoBatch
 from svdtune.data.catalog import clip_name
-from svdtune.data.clips import start_frames
-from svdtune.data.dataset import ClipDataset
+from svdtune.data.dataset import ClipDataset, window_starts
 from svdtune.data.index import VideoIndex
 from svdtune.guards.findings import Finding
 
@@ -68,9 +67,9 @@ def _check_epochs(dataset: ClipDataset) -> list[Finding]:
     if not told and count >= _ORDERED and all(order == orders[0] for order in orders):
         told = f"{_EPOCHS} epochs have the same order"
     starts = {dataset.window_of(dataset.files[0], sample)[0] for sample in range(_EPOCH)}
-    possible = start_frames(dataset.files[0], num_frames=dataset.data.num_frames, fps=dataset.data.fps)
+    possible = len(window_starts(dataset.data, dataset.files[0]))
     if not told and possible > _SAME_BY_CHANCE and len(starts) == 1:
-        told = f"every clip of a file starts at frame {starts.pop()}, of {possible} that it could start at"
+        told = f"every clip of a file starts at frame {starts.pop()}, one of {possible} that it could start at"
     if not told:
         return []
     why = "Part of the footage would be learned by heart, and part never be seen."

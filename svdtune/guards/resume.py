@@ -21,7 +21,7 @@ _NAMES = ("lora.safetensors", "unet.safetensors")
 
 
 def check_resume(config: Config, trained: Mapping[str, Any]) -> list[Finding]:
-    """CFG108: other names or shapes than the checkpoint's. CKP221: checkpoints of this run that are damaged.
+    """CFG108: other names, shapes or types than the checkpoint's. CKP221: checkpoints of this run that are damaged.
 
     Reads manifests, file sizes and one header; contents are hashed when training resumes.
     """
@@ -107,13 +107,14 @@ def _other_parameters(config: Config, folder: Path, trained: Mapping[str, Any]) 
     if path is None:
         return []
     try:
-        saved = {name: entry.shape for name, entry in read_header(path).tensors.items()}
+        entries = read_header(path).tensors
     except BadFile as bad:
         why = "Training would stop when it goes on from this checkpoint."
         return [Finding("CKP221", "error", str(folder), f"{path}: {bad.what}", "a whole checkpoint", why, _RESTORE)]
+    saved = {name: entry.shape for name, entry in entries.items()}
     now = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     if saved == now:
-        return []
+        return _other_type(config, path, {entry.dtype for entry in entries.values()})
     different = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     return [
         Finding(
@@ -121,5 +122,18 @@ def _other_parameters(config: Config, folder: Path, trained: Mapping[str, Any]) 
             f"({different[0]}{', ...' if len(different) > 1 else ''})", f"the {len(saved)} parameters in {path}",
             "The same run.name resumes the run, and its checkpoint must hold exactly what is trained.",
             "Set another run.name to start a new run, or restore the options of the old one.",
+        )
+    ]  # fmt: skip
+
+
+def _other_type(config: Config, path: Path, saved: set[str]) -> list[Finding]:
+    made = "bf16" if saved == {"BF16"} else "fp32"
+    if made == config.memory.parameters:
+        return []
+    return [
+        Finding(
+            "CFG108", "error", "memory.parameters", config.memory.parameters, f"{made}, in which {path} was saved",
+            "Weights would be rounded, and the optimizer's state is kept in another form.",
+            "Set memory.parameters back, or another run.name to start a new run.", (f"memory.parameters={made}",),
         )
     ]  # fmt: skip

@@ -35,7 +35,7 @@ from svdtune.model.bridge import WEIGHT
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import ModelParts, fake_model, known_configs
 from svdtune.model.recompute import kept
-from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
+from svdtune.trainer.build import DTYPES, TRAINED, clip_pixels, prepare_networks
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.step import Parts, train_step
 
@@ -132,7 +132,7 @@ def _layers(unet: nn.Module) -> list[str]:
 
 def _run_both(config: Config, built: Built) -> Rehearsal:
     findings = [
-        *_precision(built.trained),
+        *_precision(config, built.trained),
         *(_trained_set(built) or _of_method(config, built)),
         *_learning(config, built),
         *check_resume(config, built.trained),
@@ -191,19 +191,24 @@ def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
         result.loss.backward()
 
 
-def _precision(trained: dict[str, nn.Parameter]) -> list[Finding]:
+def _precision(config: Config, trained: dict[str, nn.Parameter]) -> list[Finding]:
     """NUM601: the planned dtypes."""
-    half = [name for name, parameter in trained.items() if parameter.dtype != torch.float32]
-    if not half:
+    planned = TRAINED[config.memory.parameters]
+    others = [name for name, parameter in trained.items() if parameter.dtype != planned]
+    if not others:
         return []
-    got = f"{len(half)} of {len(trained)} trained parameters are {str(trained[half[0]].dtype).removeprefix('torch.')}"
+    got = f"{len(others)} of {len(trained)} trained parameters are {_short(trained[others[0]].dtype)}"
     return [
         Finding(
-            "NUM601", "error", half[0], got, "float32",
-            "Small updates vanish in half precision, and fp16 gradients cannot be unscaled.",
+            "NUM601", "error", others[0], got, f"{_short(planned)}, from memory.parameters={config.memory.parameters}",
+            "Small updates vanish in half precision when they are rounded to nearest, and fp16 gradients cannot be unscaled.",
             "Cast only frozen parameters to the compute dtype (svdtune/model/adapt.py:adapt does).",
         )
     ]  # fmt: skip
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def expected_trained(unet: nn.Module, method: str) -> frozenset[str] | None:
@@ -264,10 +269,11 @@ def _wrong_set(where: str, got: str, expected: str, fix: str = _OF_METHOD) -> Fi
 
 def _learning(config: Config, built: Built) -> list[Finding]:
     """SHP408: optimizer, schedule and averages are made as training makes them, over exactly the trained parameters."""
-    if config.train.optimizer == "adamw8bit" and not torch.cuda.is_available():
+    kernels = config.train.optimizer == "adamw8bit" and config.memory.parameters == "fp32"
+    if kernels and not torch.cuda.is_available():
         return []  # said by the stage env
     try:
-        learning = make_learning(config.train, built.trained, torch.device("cpu"))
+        learning = make_learning(config, built.trained, torch.device("cpu"))
     except ConfigError as error:
         return [Finding("ENV008", "error", "train.optimizer", str(error))]
     except Exception as error:  # whatever it raises here it would raise when training begins

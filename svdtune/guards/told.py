@@ -25,7 +25,7 @@ _WHY = {
     "UNetInput.added_time_ids": "Every id becomes addition_time_embed_dim numbers and add_embedding takes them all at once, flattened: "
     "another number of ids does not fit, and transposed ones mix clips without an error.",
     "UNetInput.encoder_hidden_states": "SVD's image context is one token per clip; the UNet itself repeats it for every frame. "
-    "More tokens run silently, fewer axes or other rows do not.",
+    "Cross-attention is folded on that and refuses more; other axes or rows do not fit.",
     "UNetInput.sample": "The UNet reads (batch, frames, channels, height, width): noisy latents and conditioning latents side by side "
     "on the channel axis (dim 2). With frames and channels swapped it fails, or runs silently where they are equally many.",
     "UNetInput.timestep": "One noise level per clip: ln(sigma) / 4.",

@@ -1,6 +1,7 @@
 """Which parameters learn. All methods are one path: they differ by which parameters require grad.
 
-Trained parameters are float32 (1e-5 steps vanish in bf16), frozen ones take the compute dtype.
+Trained parameters are float32, or bfloat16 for an optimizer that rounds by chance (to nearest, 1e-5 steps vanish there); frozen
+ones take the compute dtype.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ TEMPORAL_ATTENTION = re.compile(r"(^|\.)temporal_transformer_blocks\.")
 LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_v", "attn2.to_out.0")
 
 
-def adapt(unet: nn.Module, config: Adapt, *, dtype: torch.dtype, seed: int) -> dict[str, nn.Parameter]:
+def adapt(
+    unet: nn.Module, config: Adapt, *, dtype: torch.dtype, seed: int, trained_dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Parameter]:
     """Make the UNet trainable as `adapt.method` says; returns the trained parameters by name.
 
     A bridge (`conditioning.bridge`) is trained with every method.
     Injects LoRA adapters in place (their initial values depend on `seed` alone; the adapted UNet starts equal to the
-    base). Casts frozen parameters to `dtype` and trained ones to float32. Raises ConfigError when nothing would learn.
+    base). Casts frozen parameters to `dtype` and trained ones to `trained_dtype`. Raises ConfigError when nothing would learn.
     """
     unet.requires_grad_(False)
     if config.method == "lora":
@@ -41,7 +44,7 @@ def adapt(unet: nn.Module, config: Adapt, *, dtype: torch.dtype, seed: int) -> d
         # A bridge starts from nothing, so it learns with every method.
         parameter.requires_grad_(parameter.requires_grad or name == bridge.WEIGHT)
     for parameter in unet.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        parameter.data = parameter.data.to(trained_dtype if parameter.requires_grad else dtype)
     trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
     if not matched:
         raise ConfigError(

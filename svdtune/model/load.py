@@ -46,24 +46,37 @@ class ModelParts:
     """What `model.on_mismatch: adapt` did to the UNet's weights."""
 
 
-def load_model(model: Model, *, bridge: bool = False, seed: int = 0) -> ModelParts:
+def load_model(
+    model: Model, *, bridge: bool = False, seed: int = 0, only: Sequence[str] = ("unet", "vae", "image_encoder")
+) -> ModelParts:
     """All parts of `model.pretrained`. Raises ModelError naming the part, the file and the keys that are wrong.
+
+    Parts that are not in `only` are on the meta device, without weights: whoever uses one is told by torch.
 
     With `bridge` (conditioning.bridge) the UNet gets a projection for a CLIP tower of another width; ConfigError when the
     widths are equal. `seed` (run.seed) is for what no file holds: the bridge, and layers that `model.on_mismatch` adds.
     """
     configs = read_configs(model_source(model))
     facts = model_facts(configs, bridge=bridge)
-    unet, widening = load_unet(model, configs, seed)
+    unet, widening = load_unet(model, configs, seed) if "unet" in only else (_without_weights(configs, "unet"), None)
+    vae, image_encoder = (
+        load_part(configs, part, model.variant) if part in only else _without_weights(configs, part)
+        for part in ("vae", "image_encoder")
+    )
     parts = ModelParts(
         unet=unet,
-        vae=load_part(configs, "vae", model.variant),
-        image_encoder=load_part(configs, "image_encoder", model.variant),
+        vae=vae,
+        image_encoder=image_encoder,
         configs=configs,
         facts=facts,
         widening=widening,
     )
-    return _bridged(parts, seed) if bridge else parts
+    return _bridged(parts, seed) if bridge and "unet" in only else parts
+
+
+def _without_weights(configs: ModelConfigs, part: str) -> Any:
+    with torch.device("meta"):
+        return build_part(part, getattr(configs, part)).to("meta").requires_grad_(False).eval()
 
 
 def known_configs(model: Model) -> ModelConfigs:
@@ -79,9 +92,7 @@ def fake_model(configs: ModelConfigs, *, bridge: bool = False) -> ModelParts:
 
     `.to("meta")` afterwards: 38 UNet and 14 VAE `mix_factor` parameters ignore the device context.
     """
-    with torch.device("meta"):
-        networks = [build_part(part, getattr(configs, part)) for part in ("unet", "vae", "image_encoder")]
-    unet, vae, image_encoder = (network.to("meta").requires_grad_(False).eval() for network in networks)
+    unet, vae, image_encoder = (_without_weights(configs, part) for part in ("unet", "vae", "image_encoder"))
     parts = ModelParts(unet, vae, image_encoder, configs, model_facts(configs, bridge=bridge))
     return _bridged(parts, seed=0) if bridge else parts
 

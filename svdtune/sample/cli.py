@@ -197,6 +197,9 @@ def _load(subject: Subject, precision: str) -> StableVideoDiffusionPipeline:
 
 
 def _pipeline(model: ModelParts, dtype: torch.dtype, device: torch.device) -> StableVideoDiffusionPipeline:
+    from svdtune.model.fold import fold
+
+    fold(model.unet)
     model.unet.to(device)  # pyright: ignore[reportArgumentType]
     model.vae.to(device)  # pyright: ignore[reportArgumentType]
     model.image_encoder.to(device, dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -24,6 +24,7 @@ from svdtune.engine import Sharding, set_aside, sharding, unfit
 from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, cores, local_processes
 from svdtune.model.adapt import adapt
+from svdtune.model.fold import fold
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.recompute import recompute
 from svdtune.model.source import weights_hash
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=1)
 PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+TRAINED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By memory.parameters."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def make_accelerator(config: Config) -> Accelerator:
     if not_ours := unfit():
         raise UsageError(str(not_ours))
     if sharding():
-        require_shardable(config.train)
+        require_shardable(config)
     patience = InitProcessGroupKwargs(timeout=PATIENCE)
     with set_aside():
         accelerator = Accelerator(
@@ -109,7 +112,8 @@ def make_accelerator(config: Config) -> Accelerator:
 def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: Catalog) -> Session:
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
-    model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
+    bridge = config.conditioning.bridge is not None
+    model = load_model(config.model, bridge=bridge, seed=config.run.seed, only=networks_of(config))
     trained = prepare_networks(model, config, on_accelerator=accelerator.device.type != "cpu")
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
@@ -117,14 +121,14 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
             print(*model.widening.said, sep="\n", file=sys.stderr)
     if config.memory.attention == "xformers":
         _use_xformers(model)
-    for network in (model.vae, model.image_encoder):
+    for network in (model.vae,) if config.data.latents else (model.vae, model.image_encoder):
         network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shards = sharding() if torch.distributed.is_initialized() else None
     if shards:  # parts go to the device, the whole never does
         trained = shard(model.unet, trained, shards, accelerator.device)
     else:
         model.unet.to(accelerator.device)  # pyright: ignore[reportArgumentType]
-    learning = make_learning(config.train, trained, accelerator.device)
+    learning = make_learning(config, trained, accelerator.device)
     unet = model.unet if shards else accelerator.prepare(model.unet)
     wrapped: Any = accelerator.prepare(learning.optimizer)
     return Session(
@@ -144,6 +148,12 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         # Hashing the base reads gigabytes, and only the main process writes manifests.
         conventions=conventions(config, model) if accelerator.is_main_process else {},
     )
+
+
+def networks_of(config: Config) -> tuple[str, ...]:
+    """The networks that a run needs. With cached clips the CLIP tower is for sample videos alone, and waits on the CPU for them."""
+    samples = bool(config.validation.images or config.validation.samples)
+    return ("unet", "vae", "image_encoder") if samples or not config.data.latents else ("unet", "vae")
 
 
 def dismiss(accelerator: Accelerator) -> None:
@@ -176,12 +186,14 @@ def _use_xformers(model: ModelParts) -> None:
 
 
 def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:
-    """Adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
+    """Fold, adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
 
     `on_accelerator` decides what memory.checkpointing=auto means.
     """
     dtype = DTYPES[config.train.precision]
-    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    fold(model.unet)
+    held = TRAINED[config.memory.parameters]
+    trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed, trained_dtype=held)
     policy = config.memory.checkpointing
     recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
     model.unet.train()

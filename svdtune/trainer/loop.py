@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from svdtune.checkpoint.tensors import whole
-from svdtune.contracts import VideoBatch, move
+from svdtune.contracts import Batch, move
+from svdtune.data.latents import read_index
 from svdtune.data.loader import make_loader
 from svdtune.diffusion.draws import draws_for
 from svdtune.errors import Diverged, Refused, Stopped
@@ -140,12 +141,12 @@ def _where_it_stopped(name: str, start: Position, end: Position) -> str:
     return f"stopped by {name} before the first update: there is nothing to save. Run the same command again to start."
 
 
-def loader_from(session: Session, position: Position) -> Iterator[VideoBatch]:
+def loader_from(session: Session, position: Position) -> Iterator[Batch]:
     """The batches of this rank from `position` on."""
     config, accelerator = session.config, session.accelerator
     return make_loader(
         config.data,
-        session.catalog.train,
+        read_index(config) if config.data.latents else session.catalog.train,
         seed=config.run.seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -159,9 +160,7 @@ def _go_on() -> None:
     """Nobody is asked whether to stop."""
 
 
-def accumulate(
-    session: Session, batches: Iterator[VideoBatch], before_each: Callable[[], None] = _go_on
-) -> Accumulated:
+def accumulate(session: Session, batches: Iterator[Batch], before_each: Callable[[], None] = _go_on) -> Accumulated:
     """The micro-steps of one update: afterwards the gradients are those of the mean loss over all clips of all ranks.
 
     What `before_each` raises before a micro-step passes through.

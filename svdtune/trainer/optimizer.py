@@ -1,4 +1,4 @@
-"""Optimizer by name, learning rate schedule, EMA: other people's code, chosen here."""
+"""Optimizer by name, learning rate schedule, EMA: chosen here, made elsewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from svdtune.config.schema import Train
+from svdtune.config.schema import Config, Train
 from svdtune.errors import ConfigError
+from svdtune.trainer.adamw import GROUP, RoundingAdamW, RoundingAdamW8bit
+from svdtune.trainer.averages import HostAverages
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 FUSED = ("cuda", "cpu", "mps", "xpu")
@@ -27,26 +29,44 @@ class Learning:
     ema: EMAModel | None
 
 
-def make_learning(config: Train, trained: Mapping[str, nn.Parameter], device: torch.device) -> Learning:
+def make_learning(config: Config, trained: Mapping[str, nn.Parameter], device: torch.device) -> Learning:
     """Optimizer, schedule and moving average over exactly `trained`, the parameters by name. Raises as `make_optimizer` does."""
     optimizer = make_optimizer(config, trained.values(), device)
-    return Learning(optimizer, make_schedule(config, optimizer), make_ema(config, trained.values()))
+    ema = make_ema(config.train, trained.values(), on_cpu=config.memory.ema_on_cpu)
+    return Learning(optimizer, make_schedule(config.train, optimizer), ema)
 
 
-def make_optimizer(config: Train, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """The optimizer over exactly these parameters. Raises ConfigError when its package is not installed."""
-    trained = list(parameters)
-    if config.optimizer == "adamw":
+    trained, train = list(parameters), config.train
+    if config.memory.parameters == "bf16":
+        kind = RoundingAdamW8bit if train.optimizer == "adamw8bit" else RoundingAdamW
+        return kind(
+            trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, seed=config.run.seed,
+            compiled=train.compile and device.type == "cuda",
+        )  # fmt: skip
+    if train.optimizer == "adamw":
         return torch.optim.AdamW(
-            trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=device.type in FUSED
+            trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=device.type in FUSED
         )
-    if config.optimizer == "adafactor":
+    if train.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
         return Adafactor(
-            trained, lr=config.lr, weight_decay=config.weight_decay, relative_step=False, scale_parameter=False
+            trained, lr=train.lr, weight_decay=train.weight_decay, relative_step=False, scale_parameter=False
         )
-    return _adamw8bit(config, trained, device)
+    return _adamw8bit(train, trained, device)
+
+
+def state_bytes(config: Config) -> float:
+    """Bytes of optimizer state per trained number, on the device.
+
+    The number itself takes 4 bytes and its gradient 4, with memory.parameters=bf16 2 and 2; its average (train.ema) is float32 always.
+    adafactor keeps a row and a column of each matrix, next to nothing.
+    """
+    if config.memory.parameters == "bf16":
+        return 2 * (1 + 2 / GROUP) if config.train.optimizer == "adamw8bit" else 4.0
+    return {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.0}[config.train.optimizer]
 
 
 def make_schedule(config: Train, optimizer: torch.optim.Optimizer) -> LRScheduler:
@@ -56,9 +76,16 @@ def make_schedule(config: Train, optimizer: torch.optim.Optimizer) -> LRSchedule
     )
 
 
-def make_ema(config: Train, parameters: Iterable[nn.Parameter]) -> EMAModel | None:
-    """Moving average of the trained parameters: decay min(train.ema_decay, (1 + step) / (10 + step)), or None."""
-    return EMAModel(parameters, decay=config.ema_decay) if config.ema else None
+def make_ema(config: Train, parameters: Iterable[nn.Parameter], *, on_cpu: bool = False) -> EMAModel | None:
+    """Moving average of the trained parameters: decay min(train.ema_decay, (1 + step) / (10 + step)), or None.
+
+    In float32 whatever they are in: a bfloat16 average moves by no ten-thousandth.
+    """
+    if not config.ema:
+        return None
+    ema = HostAverages(parameters, config.ema_decay) if on_cpu else EMAModel(parameters, decay=config.ema_decay)
+    ema.to(dtype=torch.float32)
+    return ema
 
 
 def _adamw8bit(config: Train, trained: list[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from svdtune.checkpoint.store import folder_name
 from svdtune.checkpoint.training import public_name
 from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
-from svdtune.data.catalog import scan
+from svdtune.data.catalog import Catalog, scan
 from svdtune.errors import Refused, Stopped, SvdtuneError
 from svdtune.model.source import part_weights
 from svdtune.trainer import state, tracking
@@ -26,6 +26,7 @@ from svdtune.trainer.early import early
 from svdtune.trainer.loop import run_loop
 from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.signals import ends_at_once, listen
+from svdtune.trainer.staleness import require_cache
 from svdtune.trainer.state import Position
 from svdtune.trainer.status import Status, tell, told
 from svdtune.trainer.validate import inference
@@ -103,13 +104,30 @@ def _say(*lines: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _scan(config: Config, folder: RunFolder, *, main: bool):
+def _scan(config: Config, folder: RunFolder, *, main: bool) -> Catalog:
+    if config.data.latents:
+        return _cached(config, main=main)
     catalog = scan(config.data)
     if main:
         folder.reject([rejected.reason for rejected in catalog.rejected])
         left_out = f", {len(catalog.rejected)} left out (rejected.jsonl says why)" if catalog.rejected else ""
         _say(f"clips: {len(catalog.train)} to train on, {len(catalog.held_out)} held out{left_out}")
     return catalog
+
+
+def _cached(config: Config, *, main: bool) -> Catalog:
+    """With a cache the videos are wanted only to see that they are still those that were encoded; they may be elsewhere."""
+    index, catalog = require_cache(config, hashes=main)
+    if main:
+        videos = (
+            ""
+            if catalog
+            else f"; there are no videos in data.root={config.data.root}, so the cache is taken at its word"
+        )
+        _say(
+            f"clips: {len(index.train)} to train on, {len(index.held_out)} held out, encoded in {config.data.latents}{videos}"
+        )
+    return catalog or Catalog((), (), ())
 
 
 def _export(session: Session, position: Position) -> None:

@@ -16,22 +16,27 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from svdtune.config.schema import Train
+from svdtune.config.schema import Config
 from svdtune.engine import BLOCKS, Sharding
 from svdtune.errors import ConfigError
 
 
-def require_shardable(config: Train) -> None:
+def require_shardable(config: Config) -> None:
     """Raise ConfigError for what does not act number by number, so that a part would move otherwise than the whole."""
-    if config.optimizer != "adamw":
+    if config.train.optimizer != "adamw":
         raise ConfigError(
-            f"train.optimizer: {config.optimizer} looks at whole parameters, and under FSDP2 each process holds a part of "
+            f"train.optimizer: {config.train.optimizer} looks at whole parameters, and under FSDP2 each process holds a part of "
             "them. Use train.optimizer=adamw: its state is divided by the number of processes."
         )
-    if config.precision == "fp16":
+    if config.train.precision == "fp16":
         raise ConfigError(
             "train.precision: fp16 needs one loss scale for all shards, which svdtune does not do under FSDP2. Use "
             "train.precision=bf16, or configs/accelerate/multi_gpu.yaml."
+        )
+    if config.memory.ema_on_cpu:
+        raise ConfigError(
+            "memory.ema_on_cpu: under FSDP2 each process holds a part of the averages, beside its part of the parameters, and "
+            "torch keeps both on one device. Use memory.ema_on_cpu=false."
         )
 
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from svdtune.contracts import Draws, Encoded, ModelFacts, Prediction, StepResult, UNetInput, VideoBatch, require
+from svdtune.contracts import (
+    Batch,
+    Draws,
+    Encoded,
+    LatentBatch,
+    ModelFacts,
+    Prediction,
+    StepResult,
+    UNetInput,
+    require,
+)
 from svdtune.diffusion import conditioning, edm
 
 
@@ -28,7 +38,7 @@ class Parts:
     vae_chunk: int
 
 
-def train_step(parts: Parts, batch: VideoBatch, draws: Draws) -> StepResult:
+def train_step(parts: Parts, batch: Batch, draws: Draws) -> StepResult:
     """Loss of the clips in `batch` at the noise levels in `draws`, with the records it came from.
 
     Raises ContractError when a record is not what `contracts/svd.py` says.
@@ -36,11 +46,16 @@ def train_step(parts: Parts, batch: VideoBatch, draws: Draws) -> StepResult:
     return denoise(parts, encode(parts, batch, draws), batch, draws)
 
 
-def encode(parts: Parts, batch: VideoBatch, draws: Draws) -> Encoded:
-    """Run the frozen networks: target latents, conditioning latents and CLIP embedding. No gradients."""
+def encode(parts: Parts, batch: Batch, draws: Draws) -> Encoded:
+    """Run the frozen networks: target latents, conditioning latents and CLIP embedding. No gradients.
+
+    Of a `LatentBatch` only the noised first frame is left to encode; the CLIP tower is not asked.
+    """
     axes = batch.axes(parts.facts)
     require(batch, axes)
     require(draws, axes)
+    if isinstance(batch, LatentBatch):
+        return _of_cached(parts, batch, draws)
     first_frame = batch.pixels[:, 0]
     with torch.no_grad():
         encoded = Encoded(
@@ -54,7 +69,18 @@ def encode(parts: Parts, batch: VideoBatch, draws: Draws) -> Encoded:
     return encoded
 
 
-def denoise(parts: Parts, encoded: Encoded, batch: VideoBatch, draws: Draws) -> StepResult:
+def _of_cached(parts: Parts, batch: LatentBatch, draws: Draws) -> Encoded:
+    with torch.no_grad():
+        encoded = Encoded(
+            conditioning.cached_latents(batch, draws, scaling_factor=parts.facts.scaling_factor),
+            conditioning.image_latents(parts.vae, batch.first_frame.float(), draws, chunk=parts.vae_chunk),
+            batch.image_embeds,
+        )
+    require(encoded, batch.axes(parts.facts))
+    return encoded
+
+
+def denoise(parts: Parts, encoded: Encoded, batch: Batch, draws: Draws) -> StepResult:
     """Ask the UNet, and compare with v in float32."""
     axes = batch.axes(parts.facts)
     unet_input = conditioning.unet_input(encoded, batch, draws)

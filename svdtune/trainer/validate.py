@@ -16,10 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from svdtune.config.schema import Data
-from svdtune.contracts import VideoBatch, move
+from svdtune.config.schema import Config, Data
+from svdtune.contracts import Batch, VideoBatch, move
+from svdtune.data.cached import cached_clips
+from svdtune.data.dataset import read_clip
 from svdtune.data.held_out import held_out_batches
 from svdtune.data.index import index_video
+from svdtune.data.latents import read_index
+from svdtune.data.loader import collate_cached
 from svdtune.data.readers import open_reader
 from svdtune.diffusion.draws import fixed_draws
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
@@ -49,9 +53,14 @@ class Validator:
     """Whether to go on is asked between clips and between sampler steps."""
 
     @cached_property
-    def clips(self) -> list[VideoBatch]:
+    def clips(self) -> Sequence[Batch]:
         """The held-out clips of the held-out loss, one per batch, the same on every rank."""
-        return self._decode(self.session.config.validation.clips)
+        config = self.session.config
+        if config.data.latents:
+            index = read_index(config)
+            found = cached_clips(config.data, index, index.loss, config.validation.clips)
+            return [collate_cached(config.data, [clip]) for clip, _ in found]
+        return self._decode(config.validation.clips)
 
     @cached_property
     def subjects(self) -> list[Subject]:
@@ -62,6 +71,8 @@ class Validator:
             return [
                 _image_subject(name, path, config.data) for name, path in zip(unique_names(paths), paths, strict=True)
             ]
+        if config.data.latents:
+            return _cached_subjects(config)
         batches = self._decode(config.validation.samples, fall_back=True)
         names = unique_names([Path(batch.names[0]) for batch in batches])
         return [Subject(name, b.pixels[0, 0], to_uint8(b.pixels[0])) for name, b in zip(names, batches, strict=True)]
@@ -121,7 +132,7 @@ class Validator:
         contact_sheet(path, rows)
         return path
 
-    def _own_clips(self) -> Iterator[VideoBatch]:
+    def _own_clips(self) -> Iterator[Batch]:
         """The held-out clips of this rank; all ranks come here equally often, also those that have no clip left."""
         accelerator = self.session.accelerator
         for first in range(0, len(self.clips), accelerator.num_processes):
@@ -142,7 +153,8 @@ class Validator:
         pipeline = build_pipeline(model.unet, model.vae, model.image_encoder, dict(model.configs.scheduler),
                                   dict(model.configs.feature_extractor))  # fmt: skip
         settings, seed = SampleSettings.from_config(session.config), session.config.run.seed
-        return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
+        with _tower_at_hand(session):
+            return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
 
     def _decode(self, count: int, *, fall_back: bool = False) -> list[VideoBatch]:
         catalog, config = self.session.catalog, self.session.config
@@ -172,6 +184,18 @@ def inference(session: Session) -> Iterator[None]:
         unet.train()
 
 
+@contextmanager
+def _tower_at_hand(session: Session) -> Iterator[None]:
+    """The CLIP tower on the device; with cached clips it is there for this alone."""
+    tower: Any = session.model.image_encoder
+    tower.to(session.accelerator.device)
+    try:
+        yield
+    finally:
+        if session.config.data.latents:
+            tower.to("cpu")
+
+
 def sample_folder(session: Session, step: int) -> Path:
     """Where the sample videos of a step lie."""
     return session.folder.samples / f"step-{step:06d}"
@@ -190,6 +214,22 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
         seen[path.stem] += 1
         names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}~{seen[path.stem]}")
     return names
+
+
+def _cached_subjects(config: Config) -> list[Subject]:
+    """First frames from the cache; the truth from the video file, where that is on this machine."""
+    index = read_index(config)
+    clips = list(cached_clips(config.data, index, index.subjects, config.validation.samples))
+    names = unique_names([Path(clip.name) for clip, _ in clips])
+    return [
+        Subject(name, clip.tensors["first_frame"].float(), _truth(config.data, clip.name, start))
+        for name, (clip, start) in zip(names, clips, strict=True)
+    ]
+
+
+def _truth(data: Data, name: str, start: int) -> np.ndarray | None:
+    path = Path(data.root) / name
+    return to_uint8(read_clip(data, index_video(path), start_frame=start)) if path.is_file() else None
 
 
 def _image_subject(name: str, path: Path, data: Data) -> Subject:

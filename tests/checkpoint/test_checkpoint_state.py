@@ -21,7 +21,7 @@ from svdtune.errors import CheckpointError
 
 def save(folder: Path, training: Training) -> None:
     state.save_trained(folder, training.named, lora=False)
-    optimizer_state.save_optimizer(folder, training.optimizer, training.named)
+    optimizer_state.write_optimizer(folder, optimizer_state.optimizer_state(training.optimizer, training.named))
     state.save_ema(folder, training.ema, training.named)
     if hasattr(training, "scheduler"):
         files.save_json(folder / "scheduler.json", training.scheduler.state_dict())
@@ -88,7 +88,7 @@ def test_step_stays_what_the_kernel_wants(tmp_path):
     for kind in ("adamw", "fused"):
         training = Training(kind)
         training.run(0, 3)
-        optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
+        optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, training.named))
         again = Training(kind)
         optimizer_state.load_optimizer(tmp_path, again.optimizer, again.named)
         step = again.optimizer.state[again.named["0.weight"]]["step"]
@@ -98,7 +98,7 @@ def test_step_stays_what_the_kernel_wants(tmp_path):
 def test_kernel_settings_belong_to_the_resuming_machine(tmp_path):
     first = Training("fused")
     first.run(0, 2)
-    optimizer_state.save_optimizer(tmp_path, first.optimizer, first.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(first.optimizer, first.named))
     second = Training("adamw")
     optimizer_state.load_optimizer(tmp_path, second.optimizer, second.named)
     assert not second.optimizer.param_groups[0]["fused"]
@@ -108,7 +108,7 @@ def test_kernel_settings_belong_to_the_resuming_machine(tmp_path):
 def test_the_order_of_parameters_does_not_matter(tmp_path):
     first = Training()
     first.run(0, 3)
-    optimizer_state.save_optimizer(tmp_path, first.optimizer, first.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(first.optimizer, first.named))
     second = Training()
     backwards = OPTIMIZERS["adamw"](list(reversed(second.named.values())))
     optimizer_state.load_optimizer(tmp_path, backwards, second.named)
@@ -122,7 +122,7 @@ def test_the_order_of_parameters_does_not_matter(tmp_path):
 def test_accelerates_wrapper_is_seen_through(tmp_path):
     training = Training()
     training.run(0, 3)
-    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, training.named))
     resumed = Training()
     wrapped = Accelerator(cpu=True).prepare(resumed.optimizer)
     optimizer_state.load_optimizer(tmp_path, wrapped, resumed.named)
@@ -130,7 +130,7 @@ def test_accelerates_wrapper_is_seen_through(tmp_path):
     assert torch.equal(
         resumed.optimizer.state[key]["exp_avg"], training.optimizer.state[training.named["2.weight"]]["exp_avg"]
     )
-    optimizer_state.save_optimizer(tmp_path, wrapped, resumed.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(wrapped, resumed.named))
     assert json.loads((tmp_path / "optimizer.json").read_text())["optimizer"] == "AdamW"
 
 
@@ -211,7 +211,7 @@ def test_another_rank_is_explained_and_nothing_is_changed(tmp_path):
 def test_the_optimizer_refuses_another_trainable_set(tmp_path):
     training = Training()
     training.run(0, 1)
-    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, training.named))
     other = Training(width=7)
     with pytest.raises(
         CheckpointError, match=r"optimizer\.json: the run was made with .*\n  0\.bias: saved \(6,\), expected \(7,\)"
@@ -222,7 +222,7 @@ def test_the_optimizer_refuses_another_trainable_set(tmp_path):
 
 def test_the_optimizer_refuses_another_class(tmp_path):
     training = Training()
-    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, training.named))
     other = Training("adafactor")
     with pytest.raises(
         CheckpointError, match=r"made with the optimizer AdamW, this config uses Adafactor. Resume needs the same"
@@ -232,7 +232,7 @@ def test_the_optimizer_refuses_another_class(tmp_path):
 
 def test_the_optimizer_refuses_other_groups(tmp_path):
     training = Training()
-    optimizer_state.save_optimizer(tmp_path, training.optimizer, training.named)
+    optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, training.named))
     first, *rest = training.named.values()
     grouped = torch.optim.AdamW([{"params": [first]}, {"params": rest}])
     with pytest.raises(
@@ -244,7 +244,7 @@ def test_the_optimizer_refuses_other_groups(tmp_path):
 def test_a_parameter_without_a_name_is_a_programming_error(tmp_path):
     training = Training()
     with pytest.raises(ValueError, match=r"holds a parameter of shape \(6, 4\) that has no name"):
-        optimizer_state.save_optimizer(tmp_path, training.optimizer, {})
+        optimizer_state.write_optimizer(tmp_path, optimizer_state.optimizer_state(training.optimizer, {}))
 
 
 def test_another_dtype_is_an_error(tmp_path):

@@ -329,9 +329,9 @@ def test_shared_memory_agrees_with_the_loader(monkeypatch):
         assert bool(environment._shared_memory(made)) is refused
         if refused:
             with pytest.raises(DataError, match="wait in"):
-                loader._require_shared_memory(made.data, 2)
+                loader.require_shared_memory(made.data, 2)
         else:
-            loader._require_shared_memory(made.data, 2)
+            loader.require_shared_memory(made.data, 2)
 
 
 def test_disk_for_the_checkpoints(monkeypatch):

@@ -113,6 +113,20 @@ def test_what_bypasses_the_table_is_found_at_the_network(tiny, monkeypatch):
     assert only(tiny("train.precision=no")).where == "UNetInput.added_time_ids"
 
 
+def test_more_than_one_token_behind_the_table_is_refused_by_the_folded_cross_attention(tiny, monkeypatch):
+    def patches(parts, given):
+        tokens = given.encoder_hidden_states.repeat(1, 5, 1)
+        return parts.unet(given.sample, given.timestep, encoder_hidden_states=tokens, added_time_ids=given.added_time_ids,
+                          return_dict=False)[0].float()  # fmt: skip
+
+    monkeypatch.setattr(step, "predict", patches)
+    found = only(tiny("train.precision=no"))
+    assert (found.code, found.where) == ("SHP403", "UNetInput.encoder_hidden_states")
+    assert found.got == "5 tokens at down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    assert found.expected.startswith("1 token, SVD's image context is one CLIP embedding per clip")
+    assert found.fix.startswith("Give the projected image embedding")
+
+
 def test_a_failure_inside_a_network_names_module_and_what_it_takes(tiny, monkeypatch):
     monkeypatch.setattr(conditioning, "clip_pixels", lambda frame, clip: torch.zeros(len(frame), 5, 224, 224))
     found = only(tiny())

@@ -22,7 +22,7 @@ def checkpointed(box: Sandbox, *overrides: str, base: str | None = None) -> Path
     """A run folder with a whole checkpoint at step 2, made as the trainer makes it but without steps; returns the checkpoint."""
     import torch
 
-    from svdtune.checkpoint.optimizer import save_optimizer
+    from svdtune.checkpoint.optimizer import optimizer_state, write_optimizer
     from svdtune.checkpoint.state import save_trained
     from svdtune.checkpoint.store import publish
     from svdtune.config.load import load_config, resolved_yaml
@@ -42,7 +42,7 @@ def checkpointed(box: Sandbox, *overrides: str, base: str | None = None) -> Path
 
     def write(folder: Path) -> None:
         save_trained(folder, trained, lora=config.adapt.method == "lora")
-        save_optimizer(folder, torch.optim.AdamW(trained.values()), trained)
+        write_optimizer(folder, optimizer_state(torch.optim.AdamW(trained.values()), trained))
         (folder / "scheduler.json").write_text(json.dumps({"last_epoch": 2}))
         (folder / "trainer.json").write_text(json.dumps(trainer))
         (folder / "config.yaml").write_text(resolved)

@@ -143,8 +143,8 @@ GRADIENTS = [
         "return output.detach().float().requires_grad_()")),
     _live("half of the parameters in the optimizer", "M30", "optimizer.make_learning",
         ("make_optimizer(config, trained.values(), device)", "make_optimizer(config, list(trained.values())[::2], device)")),
-    _live("another learning rate than asked for", "own", "optimizer.make_optimizer", ("trained, lr=config.lr, betas",
-        "trained, lr=config.lr / 10, betas")),
+    _live("another learning rate than asked for", "own", "optimizer.make_optimizer", ("trained, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused",
+        "trained, lr=train.lr / 10, betas=train.betas, weight_decay=train.weight_decay, fused")),
     _live("frozen parameters get gradients", "own", "build.prepare_networks", ("    model.unet.train()",
         "    model.unet.train()\n    model.unet.conv_in.requires_grad_(True)")),
     _live("recomputed reentrantly, with frozen inputs", "B07", "recompute.recompute", ("unet.enable_gradient_checkpointing()",
@@ -204,15 +204,15 @@ FRESH = [
         "weight decay ignored",
         "own",
         "optimizer.make_optimizer",
-        ("betas=config.betas, weight_decay=config.weight_decay, fused", "betas=config.betas, weight_decay=0.0, fused"),
+        ("betas=train.betas, weight_decay=train.weight_decay, fused", "betas=train.betas, weight_decay=0.0, fused"),
     ),
     _live(
         "betas swapped",
         "own",
         "optimizer.make_optimizer",
         (
-            "betas=config.betas, weight_decay=config.weight_decay, fused",
-            "betas=config.betas[::-1], weight_decay=config.weight_decay, fused",
+            "betas=train.betas, weight_decay=train.weight_decay, fused",
+            "betas=train.betas[::-1], weight_decay=train.weight_decay, fused",
         ),
     ),
     _live("Adam not AdamW", "own", "optimizer.make_optimizer", ("torch.optim.AdamW(", "torch.optim.Adam(")),
@@ -310,11 +310,8 @@ FRESH = [
     _live(
         "only the file's first window",
         "own",
-        "dataset.ClipDataset.window_of",
-        (
-            "start = int(rng.integers(start_frames(index, num_frames=self.data.num_frames, fps=self.data.fps)))",
-            "start = 0",
-        ),
+        "dataset.window_number",
+        ("number = int(rng.integers(starts))", "number = 0"),
     ),
     _live(
         "clips at fps-1",
@@ -400,8 +397,8 @@ FRESH = [
     _live(
         "same file order each epoch",
         "own",
-        "dataset.ClipDataset.file_of",
-        ("_order(self.seed, epoch,", "_order(self.seed, 0,"),
+        "dataset.file_number",
+        ("_order(seed, epoch,", "_order(seed, 0,"),
     ),
     _live(
         "noise strength beyond 1 clipped in cond only",

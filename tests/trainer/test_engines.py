@@ -230,13 +230,14 @@ def test_accelerate_sees_nothing_of_fsdp_while_it_starts_and_no_rank_is_left_wit
         ("train.optimizer=adafactor", "train.optimizer: adafactor looks at whole parameters, and under FSDP2 each process holds a part"),
         ("train.optimizer=adamw8bit", "train.optimizer: adamw8bit looks at whole parameters"),
         ("train.precision=fp16", "train.precision: fp16 needs one loss scale for all shards"),
+        ("memory.ema_on_cpu=true", "memory.ema_on_cpu: under FSDP2 each process holds a part of the averages"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_sharded_is_refused(override, said):
     config = load_config(REPO / "configs/tiny.yaml", [override])
     with pytest.raises(ConfigError, match=re.escape(said)):
-        require_shardable(config.train)
-    require_shardable(load_config(REPO / "configs/tiny.yaml").train)
+        require_shardable(config)
+    require_shardable(load_config(REPO / "configs/tiny.yaml"))
 
 
 def test_the_blocks_that_are_sharded_are_those_of_the_network():

@@ -177,27 +177,39 @@ def left_over(session: Session) -> list[Finding]:
 def moved(
     session: Session, before: Before, gradients: dict[str, Tensor | None], from_first: set[str]
 ) -> Iterator[Finding]:
-    """NUM605: numbers with a gradient that two updates leave where they are. `from_first`: parameters with one in both."""
-    with_gradient, unmoved, worst = 0, 0, []
+    """NUM605: numbers with a gradient that two updates leave where they are. `from_first`: parameters with one in both.
+
+    Rounded by chance (memory.parameters=bf16), as many should move as the update is parts of their spacing.
+    """
+    lr, by_chance = session.config.train.lr, session.config.memory.parameters == "bf16"
+    due, went, worst = 0.0, 0.0, []
     for name, parameter in session.trained.items():
         gradient = gradients[name]
         if gradient is None or name not in from_first or _DEAD.search(name):
             continue
-        pulled = gradient != 0
-        stays = int((pulled & (local(parameter) == before.weights[name].to(parameter.device))).sum())
-        with_gradient, unmoved = with_gradient + int(pulled.sum()), unmoved + stays
-        worst += [name] if stays * 2 > pulled.sum() else []
-    if not with_gradient or unmoved / with_gradient < _UNMOVED / 10:
+        pulled, old = gradient != 0, before.weights[name].to(parameter.device)
+        wanted = float(_likely(old, lr)[pulled].sum() if by_chance else pulled.sum())
+        moved = float((pulled & (local(parameter) != old)).sum())
+        due, went = due + wanted, went + moved
+        worst += [name] if moved * 2 < wanted else []
+    if not due or 1 - went / due < (_UNMOVED if by_chance else _UNMOVED / 10):
         return
-    share, some = unmoved / with_gradient, next(iter(session.trained.values()))
-    got = f"{share:.0%} of the numbers with a gradient stay where they are in {STEPS} updates at train.lr={session.config.train.lr:g}"
+    share, some = 1 - went / due, next(iter(session.trained.values()))
+    got = f"{share:.0%} of the numbers with a gradient stay where they are in {STEPS} updates at train.lr={lr:g}"
     why = (
         f"An update smaller than the spacing of {str(some.dtype).removeprefix('torch.')} around the weight is rounded away "
         "(0.02 - 1e-5 is 0.02 in bfloat16), or the optimizer does not hold them."
     )
     severity, where = "error" if share >= _UNMOVED else "warning", (worst or [next(iter(session.trained))])[0]
+    expected = "as many move as chance rounds away from where they are" if by_chance else "all of them move"
     fix = "Keep trained parameters in float32, or raise train.lr."
-    yield Finding("NUM605", severity, where, got, "all of them move", why, fix)
+    yield Finding("NUM605", severity, where, got, expected, why, fix)
+
+
+def _likely(weights: Tensor, lr: float) -> Tensor:
+    """How likely an update of lr, which is Adam's, moves each number when it is rounded by chance."""
+    spacing = torch.finfo(weights.dtype).eps * (torch.frexp(weights.float()).exponent.float() - 1).exp2()
+    return (lr / spacing).clamp(max=1)
 
 
 def averaged(session: Session, before: Before) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from svdtune.config.schema import Train
 from svdtune.data.catalog import clip_name
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.learning import local_gradients, watched
+from svdtune.trainer.adamw import RoundingAdamW
 from svdtune.trainer.build import Session
 from svdtune.trainer.loop import Accumulated
 from svdtune.trainer.state import Position, raw_optimizer
@@ -58,7 +59,7 @@ def start(session: Session) -> Start:
 def check_update(session: Session, before: Start, norm: float, number: int) -> Iterator[Finding]:
     """After update `number` (1, 2) whose loop reported `norm`."""
     train = session.config.train
-    if _apart(norm, before.norm):
+    if _apart(norm, before.norm, 4 * _eps(session)):
         yield _wrong(
             "the gradient norm",
             f"{norm:.4g}",
@@ -69,9 +70,10 @@ def check_update(session: Session, before: Start, norm: float, number: int) -> I
         why = "The learning rate would stay, or run through its schedule too fast."
         yield _wrong("train.schedule", f"{ticks} ticks in an update", "one", why)
     raw = raw_optimizer(session)
-    if type(raw) is not torch.optim.AdamW:
+    due = RoundingAdamW if session.config.memory.parameters == "bf16" else torch.optim.AdamW
+    if type(raw) is not due:
         if train.optimizer == "adamw":
-            yield _wrong("train.optimizer", type(raw).__name__, "AdamW", "Weight decay acts otherwise in it.")
+            yield _wrong("train.optimizer", type(raw).__name__, due.__name__, "Weight decay acts otherwise in it.")
         return
     clipped = min(1.0, train.clip_norm / (before.norm + 1e-6)) if train.clip_norm else 1.0
     for name in before.weights:
@@ -85,7 +87,7 @@ def _adamw(session: Session, before: Start, name: str, clipped: float, number: i
     train, found = session.config.train, raw_optimizer(session).state[session.trained[name]]
     if not found:
         return _wrong(name, "no optimizer state", "one step of AdamW", "It would never move.")
-    state = {key: local(value) for key, value in found.items()}
+    state = {key: local(value).float() if isinstance(value, Tensor) else value for key, value in found.items()}
     if (steps := int(state["step"])) != number:
         return _wrong(
             name, f"{steps} optimizer steps after {number} updates", f"{number}", "Updates are left out or made twice."
@@ -99,7 +101,7 @@ def _adamw(session: Session, before: Start, name: str, clipped: float, number: i
                 return _wrong(name, got, expected, "Clipping or betas are not those of the configuration.")
     mean, square = state["exp_avg"] / (1 - beta1**number), state["exp_avg_sq"] / (1 - beta2**number)
     step = train.lr * mean / (square.sqrt() + 1e-8)
-    due = before.weights[name] * (1 - train.lr * train.weight_decay) - step
+    due = before.weights[name].float() * (1 - train.lr * train.weight_decay) - step
     now = local(session.trained[name])
     size = float((step.abs() + train.lr * train.weight_decay * before.weights[name].abs()).max())
     rounding = float(torch.finfo(now.dtype).eps * before.weights[name].abs().max())
@@ -141,7 +143,7 @@ def check_averages(session: Session, first: dict[str, Tensor]) -> Iterator[Findi
     decay = min(session.config.train.ema_decay, 2 / 11)
     averages = dict(zip(session.trained, session.ema.shadow_params, strict=True))
     for name, p1 in first.items():
-        now, average = local(session.trained[name]), local(averages[name]).to(p1.device)
+        now, average = local(session.trained[name]).float(), local(averages[name]).to(p1.device)
         due = decay * p1 + (1 - decay) * now
         if _far(average, due, at_least=float((now - p1).abs().max())):
             got = f"an average that is off by up to {float((average - due).abs().max()):.2g}"
@@ -204,8 +206,13 @@ def check_lora(session: Session) -> Iterator[Finding]:
             return
 
 
-def _apart(one: float, other: float) -> bool:
-    return math.isfinite(other) and abs(one - other) > _OFF * abs(other) + 1e-12
+def _apart(one: float, other: float, rounding: float) -> bool:
+    return math.isfinite(other) and abs(one - other) > max(_OFF, rounding) * abs(other) + 1e-12
+
+
+def _eps(session: Session) -> float:
+    """Spacing of gradients near one; torch keeps their norm in their own type."""
+    return torch.finfo(next(iter(session.trained.values())).dtype).eps
 
 
 def _far(one: Tensor, other: Tensor, at_least: float = 0.0) -> bool:

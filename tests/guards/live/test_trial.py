@@ -33,9 +33,10 @@ def test_a_loss_scale_is_no_fault_and_comes_back(session, scale):
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 @pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (7, 0), (5, 5), (1, 0)])
 def test_the_rate_written_a_second_time_is_that_of_training(small, schedule, steps, warmup):
-    train = small(f"train.schedule={schedule}", f"train.steps={steps}", f"train.warmup={warmup}").train
+    config = small(f"train.schedule={schedule}", f"train.steps={steps}", f"train.warmup={warmup}")
+    train = config.train
     parameter = torch.nn.Parameter(torch.zeros(1))
-    made = make_schedule(train, make_optimizer(train, [parameter], torch.device("cpu")))
+    made = make_schedule(train, make_optimizer(config, [parameter], torch.device("cpu")))
     assert [rate(train, step) for step in range(steps)] == pytest.approx(
         [made.lr_lambdas[0](step) for step in range(steps)]
     )
