@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from svdtune.config.schema import Config
-from svdtune.engine import BLOCKS
 from svdtune.guards.findings import Finding
+from svdtune.trainer.optimizer import state_bytes
 
 if TYPE_CHECKING:
     from svdtune.guards.plan_step import Recording
@@ -20,23 +19,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 CONTEXT = GIB // 2
 """What the driver keeps of a card for a process, before any tensor."""
-_STATE_BYTES = {
-    ("adamw", "fp32"): 8.0,
-    ("adamw8bit", "fp32"): 2 + 2 * 4 / 256,
-    ("adafactor", "fp32"): 0.0,
-    ("adamw", "bf16"): 4.0,
-    ("adamw8bit", "bf16"): 2 + 2 * 2 / 32,
-}
-"""Bytes of optimizer state per trained parameter; adafactor keeps a row and a column per matrix, next to nothing. In 8 bits each block
-of 256 (bitsandbytes) or 32 (our own, for bf16) has a scale."""
-
-
 _PARAMETER_BYTES = {"fp32": 4, "bf16": 2}
-
-
-def state_bytes(config: Config) -> float:
-    """Of the optimizer, for each trained parameter."""
-    return _STATE_BYTES[config.train.optimizer, config.memory.parameters]
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ class Estimate:
         return {**gib, **against, "where": self.where, "trained_parameters": self.trained_parameters}
 
 
-def estimate(recording: Recording, unet: nn.Module, *, shards: int = 1) -> Estimate:
+def estimate(recording: Recording, *, shards: int = 1) -> Estimate:
     """What was recorded of one process that has everything.
 
     With FSDP2 the UNet is divided into `shards`, and so are gradients and optimizer state, all of which `recording` has whole.
@@ -90,18 +73,9 @@ def estimate(recording: Recording, unet: nn.Module, *, shards: int = 1) -> Estim
     where = f"{phase} in {peak.where}" if peak.where else phase
     if shards == 1:
         return Estimate(recording.weights, recording.optimizer, step, recording.trained_parameters, recording.reserved, where, recording)
-    whole = sum(parameter.nbytes for parameter in unet.parameters())
-    weights = recording.weights - whole + whole // shards + _gathered(unet)
+    weights = recording.weights - recording.unet + recording.unet // shards + recording.gathered
     step -= recording.gradients * (shards - 1) // shards
     return Estimate(weights, recording.optimizer // shards, max(0, step), recording.trained_parameters, 0, where)
-
-
-def _gathered(unet: nn.Module) -> int:
-    """What is whole at once: all that is in no block, and two blocks, of which one computes and the next is on its way."""
-    blocks = [module for module in unet.modules() if type(module).__name__ in BLOCKS]
-    sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
-    rest = sum(parameter.nbytes for parameter in unet.parameters()) - sum(sizes)
-    return rest + sum(sorted(sizes)[-2:])
 
 
 def device_bytes(given: int | None) -> int | None:

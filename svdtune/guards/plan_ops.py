@@ -61,6 +61,11 @@ class Cost:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
+    def scale(self, factor: float) -> None:
+        """Count all of it so many times."""
+        for name, value in vars(self).items():
+            setattr(self, name, type(value)(value * factor))
+
     def since(self, before: Cost) -> Cost:
         """What came on top of `before`."""
         return Cost(**{name: value - getattr(before, name) for name, value in vars(self).items()})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from svdtune.config.schema import Config
-from svdtune.contracts import Draws, VideoBatch
+from svdtune.contracts import Draws
 from svdtune.guards.plan_rules import cuda_rules
 from svdtune.guards.plan_step import Recording, Rehearsed
-from svdtune.guards.shapes import fake_record, stage, user_axes
+from svdtune.guards.shapes import batch_of, fake_record, stage, user_axes
 from svdtune.model.load import fake_model, known_configs
 from svdtune.trainer.step import train_step
 
@@ -20,6 +20,6 @@ def record(config: Config) -> Recording:
         with cuda_rules(math=config.memory.attention == "math"):
             rehearsed.before()
             with rehearsed.step():
-                batch, draws = fake_record(VideoBatch, axes), fake_record(Draws, axes)
+                batch, draws = fake_record(batch_of(config), axes), fake_record(Draws, axes)
                 train_step(rehearsed.parts, batch, draws).loss.backward()
             return rehearsed.after()

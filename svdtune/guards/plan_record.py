@@ -143,7 +143,8 @@ class Recorder(TorchDispatchMode):
         self.events.append((self._made, size))
         self.live += size
         if self.live > self.peaks.get(self._now, _NONE).bytes:
-            self.peaks[self._now] = Peak(self.live, self._stack[-1] if self._stack else self._behind)
+            behind = self._behind if self._now == "backward" else ""
+            self.peaks[self._now] = Peak(self.live, self._stack[-1] if self._stack else behind)
         return self._made
 
     def _dead(self, number: int, size: int) -> None:

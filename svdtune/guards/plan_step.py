@@ -5,8 +5,8 @@ The optimizer's state is there from the start: the recorded step is like every s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -19,13 +19,13 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from svdtune.config.schema import Config
-from svdtune.engine import sharding
-from svdtune.guards.memory import state_bytes
+from svdtune.engine import BLOCKS, sharding
 from svdtune.guards.plan_ops import Cost
 from svdtune.guards.plan_record import Peak, Record, Recorder
 from svdtune.guards.plan_replay import Allocator, Full
 from svdtune.launch import world_size
-from svdtune.trainer.optimizer import make_learning
+from svdtune.trainer.adamw import CHUNK
+from svdtune.trainer.optimizer import make_optimizer, state_bytes
 from svdtune.trainer.step import Parts
 
 BLAS = 2 * 2**25
@@ -45,12 +45,24 @@ class Recording:
     trained_parameters: int
     gradients: int
     """Bytes of all gradients together."""
+    unet: int
+    """Bytes of the UNet's parameters, of which FSDP2 divides what is not..."""
+    gathered: int
+    """...whole at once: what is in no block, and two blocks."""
     peaks: Mapping[str, Peak]
     """The most bytes alive in encode, forward, backward, recompute, optimizer and sample; weights and all else included."""
     costs: Mapping[str, Cost]
     events: Sequence[tuple[int, int]]
     steady: int
     """The first event of the step itself."""
+    more: int = 0
+    """Bytes held besides what the events have, or less."""
+
+    def with_optimizer(self, size: int) -> Recording:
+        """The same step with so many bytes of optimizer state and average: they are there throughout, and nothing else changes."""
+        more = size - self.optimizer
+        peaks = {phase: Peak(peak.bytes + more, peak.where) for phase, peak in self.peaks.items()}
+        return replace(self, optimizer=size, peaks=peaks, more=self.more + more)
 
     @cached_property
     def top(self) -> tuple[str, Peak]:
@@ -62,12 +74,12 @@ class Recording:
         """Bytes that the caching allocator takes from a card that is large enough."""
         allocator = Allocator()
         self._replay(allocator)
-        return allocator.most
+        return allocator.most + self.more
 
     def fits(self, capacity: int) -> bool:
         """Whether the allocator gets along with `capacity` bytes."""
         try:
-            self._replay(Allocator(capacity))
+            self._replay(Allocator(capacity - self.more))
         except Full:
             return False
         return True
@@ -88,6 +100,7 @@ class Rehearsed:
         self.config, self.trained = config, dict(trained)
         self.parts = replace(parts, vae_chunk=config.memory.vae_chunk)
         self.recorder = Recorder({"unet": parts.unet, "vae": parts.vae, "image_encoder": parts.image_encoder})
+        self.count = sum(parameter.numel() for parameter in self.trained.values())
         self.optimizing: Any = None
         self.held: list[Tensor] = []
 
@@ -100,8 +113,8 @@ class Rehearsed:
         recorder, parts = self.recorder, self.parts
         recorder.phase = "start"
         self._hold(BLAS)
-        networks = (parts.unet, parts.vae, parts.image_encoder)
-        self.weights = recorder.hold(t for network in networks for t in (*network.parameters(), *network.buffers()))
+        networks = (parts.unet, parts.vae) if self.config.data.latents else (parts.unet, parts.vae, parts.image_encoder)
+        self.weights = recorder.hold(tensor for network in networks for tensor in held(network))
         already = recorder.live
         self._learning()
         self.optimizer = recorder.live - already
@@ -117,12 +130,18 @@ class Rehearsed:
     def step(self) -> Iterator[None]:
         """Inside, the step runs: encoders, then the UNet, then backwards; every chunk of the encoder of one size runs once."""
         self.recorder.phase = "encode"
-        hook = self.parts.unet.register_forward_pre_hook(lambda *_: setattr(self.recorder, "phase", "forward"))
-        try:
-            with self.recorder.watching(), _once(self.parts.vae, self.recorder):
-                yield
-        finally:
-            hook.remove()
+        reached: set[nn.Parameter] = set()
+        with ExitStack() as undo:
+            hooks = [self.parts.unet.register_forward_pre_hook(lambda *_: setattr(self.recorder, "phase", "forward"))]
+            hooks += [p.register_post_accumulate_grad_hook(reached.add) for p in self.trained.values() if p.grad is not None]
+            for hook in hooks:
+                undo.callback(hook.remove)
+            undo.enter_context(self.recorder.watching())
+            undo.enter_context(_once(self.parts.vae, self.recorder))
+            yield
+        for parameter in self.trained.values():
+            if parameter not in reached and len(hooks) > 1:
+                parameter.grad = None  # not the step's
 
     def after(self) -> Recording:
         """The optimizer's step and a sample video; then the account."""
@@ -134,72 +153,68 @@ class Rehearsed:
         validation = self.config.validation
         if validation.images or validation.samples:
             recorder.phase = "sample"
+            if self.config.data.latents:  # the tower comes for as long as videos are made
+                with recorder.watching():
+                    recorder.hold(held(self.parts.image_encoder))
             recorder.repeat(sampled(self.config, self.parts))
         peaks = {phase: peak for phase, peak in recorder.peaks.items() if phase not in ("", "start")}
-        count = sum(parameter.numel() for parameter in parameters)
-        return Recording(self.weights, self.optimizer, count, gradients, peaks, recorder.costs, recorder.events, self.steady)
+        unet = self.parts.unet
+        whole = sum(parameter.nbytes for parameter in unet.parameters())
+        return Recording(self.weights, self.optimizer, self.count, gradients, whole, gathered(unet), peaks, recorder.costs, recorder.events, self.steady)
 
     def _learning(self) -> None:
-        """bf16 parameters have an optimizer of ours, which is run; of the others only the state takes memory."""
-        config, count = self.config, sum(parameter.numel() for parameter in self.trained.values())
+        """What the optimizer keeps. Of bf16 parameters, whose optimizer is ours, as many move as it takes at once; others only count."""
+        config, count = self.config, self.count
+        self.moving = _largest(self.trained.values()) if config.memory.parameters == "bf16" else []
         averages = 4 * count if config.train.ema and not config.memory.ema_on_cpu else 0
-        if config.memory.parameters == "fp32":
-            self._hold(int(count * state_bytes(config)), averages)
-            return
-        self._hold(averages)
-        self.optimizing = make_learning(config.train, self.trained, torch.device("cpu")).optimizer
-        for parameter in self.trained.values():
-            parameter.grad = torch.empty_like(parameter)
-        self._move()
+        standing = count - sum(parameter.numel() for parameter in self.moving)
+        self._hold(int(standing * state_bytes(config)), averages)
+        if self.moving:
+            self.optimizing = make_optimizer(config, self.moving, torch.device("cpu"))
+            for parameter in self.moving:
+                parameter.grad = torch.empty_like(parameter)
+            self.optimizing.step()
+            for parameter in self.moving:
+                parameter.grad = None
 
     def _hold(self, *sizes: int) -> None:
         self.held += [torch.empty(size, dtype=torch.uint8) for size in sizes if size]
 
     def _move(self) -> None:
-        if self.optimizing is not None:
+        spent = self.recorder.spent()
+        if self.moving:
             self.optimizing.step()
+            spent.scale(self.count / sum(parameter.numel() for parameter in self.moving))
         else:
-            self.recorder.spent().add(self._adamw())
+            # Reads parameters, gradients and state, writes parameters and state; fused, it makes nothing in between.
+            moved = 3 * sum(p.nbytes for p in self.trained.values()) + 2 * int(self.count * state_bytes(self.config))
+            spent.add(Cost(bytes=moved, seconds=moved / self.recorder.card.bandwidth, kernels=1))
         for parameter in self.trained.values():
             parameter.grad = None
 
-    def _adamw(self) -> Cost:
-        """Reads parameters, gradients and state, writes parameters and state; fused, it makes nothing in between."""
-        parameters = sum(parameter.nbytes for parameter in self.trained.values())
-        moved = 3 * parameters + 2 * int(sum(p.numel() for p in self.trained.values()) * state_bytes(self.config))
-        return Cost(bytes=moved, seconds=moved / self.recorder.card.bandwidth, kernels=1)
+
+def gathered(unet: nn.Module) -> int:
+    """What is whole at once: all that is in no block, and two blocks, of which one computes and the next is on its way."""
+    blocks = [module for module in unet.modules() if type(module).__name__ in BLOCKS]
+    sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
+    rest = sum(parameter.nbytes for parameter in unet.parameters()) - sum(sizes)
+    return rest + sum(sorted(sizes)[-2:])
 
 
-@contextmanager
-def _once(vae: Any, recorder: Recorder) -> Iterator[None]:
-    """Chunks of one size are alike: the first is encoded or decoded, the others only have its results' sizes and its cost."""
-    seen: dict[Any, tuple[Any, Cost]] = {}
-
-    def alike(function: Any, again: Any) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            key = (again, tensor.shape, tuple(kwargs.items()))
-            if key in seen:
-                result, cost = seen[key]
-                recorder.spent().add(cost)
-                return again(torch.empty(*result))
-            before = replace(recorder.spent())
-            out = function(tensor, *args, **kwargs)
-            made = out.latent_dist.parameters if again is _encoded else out.sample
-            seen[key] = tuple(made.shape), recorder.spent().since(before)
-            return out
-
-        return call
-
-    with patch.object(vae, "encode", alike(vae.encode, _encoded)), patch.object(vae, "decode", alike(vae.decode, _decoded)):
-        yield
+def _largest(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The largest, two chunks of them."""
+    found: list[nn.Parameter] = []
+    for parameter in sorted(parameters, key=lambda one: -one.numel()):
+        if sum(one.numel() for one in found) > 2 * CHUNK:
+            break
+        found.append(parameter)
+    return found
 
 
-def _encoded(moments: Tensor) -> Any:
-    return SimpleNamespace(latent_dist=DiagonalGaussianDistribution(moments))
-
-
-def _decoded(sample: Tensor) -> Any:
-    return SimpleNamespace(sample=sample)
+def held(network: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    yield from network.parameters()
+    yield from network.buffers()
 
 
 _SAMPLED: dict[str, Record] = {}
@@ -215,7 +230,7 @@ def sampled(config: Config, parts: Parts) -> Record:
     if key not in _SAMPLED:
         recorder = Recorder({"unet": parts.unet, "vae": parts.vae})
         recorder.phase = "sample"
-        recorder.pass_over(*parts.unet.parameters(), *parts.unet.buffers(), *parts.vae.parameters(), *parts.vae.buffers())
+        recorder.pass_over(*held(parts.unet), *held(parts.vae))
         with recorder.watching(), torch.no_grad():
             _sample(parts, axes, config.memory.vae_chunk, recorder)
         _SAMPLED[key] = recorder.record()

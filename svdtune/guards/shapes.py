@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
-from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, require, specs
+from svdtune.contracts import Axes, Batch, Draws, LatentBatch, ModelFacts, VideoBatch, require, specs
 from svdtune.engine import sharding
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
@@ -113,6 +113,11 @@ def distinct_axes(facts: ModelFacts) -> dict[str, int]:
     return facts.axes(b=b, t=t, h=facts.f * h, w=facts.f * w)
 
 
+def batch_of(config: Config) -> type[Batch]:
+    """What the loader gives."""
+    return LatentBatch if config.data.latents else VideoBatch
+
+
 def fake_record(record: type[Record], axes: Axes) -> Record:
     """A record with tensors of the right shapes and dtypes; what is in them does not matter under fake tensors."""
     made: dict[str, Any] = {
@@ -142,12 +147,12 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     with cuda_rules(math=config.memory.attention == "math"):
         rehearsed.before()
         with rehearsed.step(), Strict():
-            failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts))
+            failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts), batch_of(config))
         if failed:
             return Rehearsal([*findings, *failed])
         findings += _without_gradient(built.trained)
         recording = rehearsed.after()
-    needed = estimate(recording, built.parts.unet, shards=world_size() if sharding() else 1)
+    needed = estimate(recording, shards=world_size() if sharding() else 1)
     # Recomputing the blocks again would show nothing new and take a quarter of the time.
     with kept(built.parts.unet):
         return Rehearsal([*findings, *_hidden(built)], needed)
@@ -166,23 +171,23 @@ def _hidden(built: Built) -> list[Finding]:
 _HIDDEN = "At the sizes of the configuration the step passes: two axes that are equally long there are mixed up."
 
 
-def _attempt(built: Built, axes: Axes) -> list[Finding]:
+def _attempt(built: Built, axes: Axes, kind: type[Batch] = VideoBatch) -> list[Finding]:
     """One step; on failure the same step again, watched, to say where it failed."""
     given: list[Finding] = []
     hook = built.parts.unet.register_forward_pre_hook(
         lambda _module, args, kwargs: given.extend(told_arguments(args, kwargs, axes)), prepend=True, with_kwargs=True
     )
     try:
-        _step(built, axes)
+        _step(built, axes, kind)
     except Exception as error:  # whatever the step raises here it would raise on the GPU
-        return told(error, built.parts, axes, lambda: _step(built, axes, backward=False))
+        return told(error, built.parts, axes, lambda: _step(built, axes, kind, backward=False))
     finally:
         hook.remove()
     return given[:1]
 
 
-def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
-    batch, draws = fake_record(VideoBatch, axes), fake_record(Draws, axes)  # the loop has them until the step is over
+def _step(built: Built, axes: Axes, kind: type[Batch], *, backward: bool = True) -> None:
+    batch, draws = fake_record(kind, axes), fake_record(Draws, axes)  # the loop has them until the step is over
     result = train_step(built.parts, batch, draws)
     # The step checks its own records; a check that was taken out must not take the proof along.
     for record in (result.encoded, result.unet_input, result.prediction, result):
