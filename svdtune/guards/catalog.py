@@ -49,13 +49,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "PyAV indexes every clip; decord, where asked for, decodes them.",
          "Install PyAV, or set data.decoder=auto."),
     Rule("ENV005", "the attention cannot run on this device",
-         "xformers has no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. Preflight puts one "
-         "token through it.",
+         "flash, cudnn and xformers have no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. "
+         "Preflight puts one token through what memory.attention names.",
          "Set memory.attention=sdpa."),
-    Rule("ENV006", "too many rows for an attention kernel",
-         "SVD's temporal attention sees every position as a batch entry of its own: batch x h/8 x w/8 rows (xformers: x heads). "
-         "CUDA grids end at 65535: \"CUDA error: invalid configuration argument\".",
-         "Set memory.attention=sdpa, or a smaller train.batch_size with more train.accumulation."),
     Rule("ENV007", "a precision that this device cannot compute in",
          "fp16 with its gradient scaler needs an NVIDIA GPU; GPUs before Ampere only emulate bf16.",
          "Set train.precision=bf16 on CPUs and newer GPUs, fp16 on older ones."),
