@@ -83,6 +83,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "svdtune trains with one process, DDP or FSDP2, which shards the UNet's blocks as svdtune knows them. DeepSpeed, Megatron, FSDP1 "
          "and offloading keep the network in ways that its checkpoints and export do not know.",
          "Unset the variable, or write the accelerate config as configs/accelerate/fsdp2.yaml or multi_gpu.yaml."),
+    Rule("ENV017", "the compiler has no code for this device",
+         "train.compile makes kernels for NVIDIA GPUs with Triton.",
+         "Set train.compile=false."),
     Rule("ENV040", "steps became slow",
          "Every step computes the same, so a slower one means the machine: a hot GPU that lowers its clock, a neighbour, swapping, or GPU "
          "memory so full that it is freed and asked for again in each step. Waiting for clips is not counted.",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from svdtune import __version__
 from svdtune.config.schema import Config
+from svdtune.errors import ConfigError
 from svdtune.guards.findings import Finding
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def check_environment(config: Config | None, *, for_a_card: bool = False) -> lis
     if config is None:
         return found
     if not for_a_card or _cuda():
-        found += [*_attention(config), *_precision(config), *_optimizer(config), *_threads(config)]
+        found += [*_attention(config), *_precision(config), *_optimizer(config), *_compiler(config), *_threads(config)]
     return [*found, *_trackers(config), *_keys(config), *_run_folder(config), *_shared_memory(config)]
 
 
@@ -236,6 +237,22 @@ def _optimizer(config: Config) -> list[Finding]:
     )
     return [Finding("ENV008", "error", "train.optimizer", got, "an optimizer that runs here", "It keeps its state in 8 bits with "
                     "bitsandbytes' CUDA kernels.", fix, ("train.optimizer=adamw",))]  # fmt: skip
+
+
+def _compiler(config: Config) -> list[Finding]:
+    """ENV017: train.compile without a GPU or without Triton."""
+    if not config.train.compile:
+        return []
+    import torch
+
+    from svdtune.model.regions import require_compiler
+
+    try:
+        require_compiler(torch.device("cuda" if _cuda() else "cpu"))
+    except ConfigError as error:
+        return [Finding("ENV017", "error", "train.compile", "true", "false on this device", str(error),
+                        "Set train.compile=false.", error.patch)]  # fmt: skip
+    return []
 
 
 def _trackers(config: Config) -> list[Finding]:

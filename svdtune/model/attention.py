@@ -117,7 +117,8 @@ class SelfAttention:
 
     def _site(self, query: Tensor) -> Site:
         device = query.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        cast = device != "meta" and torch.is_autocast_enabled(device)  # which meta does not have
+        dtype = torch.get_autocast_dtype(device) if cast else query.dtype
         return Site(self.temporal, query.shape[3], dtype, self.capability if device == "cuda" else None)
 
 

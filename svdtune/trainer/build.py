@@ -27,6 +27,7 @@ from svdtune.model.attention import require_attention, use_attention
 from svdtune.model.fold import fold
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.recompute import recompute
+from svdtune.model.regions import compile_blocks, require_compiler
 from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
@@ -111,8 +112,12 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
     require_attention(config.memory.attention, accelerator.device, dtype)
+    if config.train.compile:
+        require_compiler(accelerator.device)
     model = load_model(config.model, bridge=config.conditioning.bridge is not None, seed=config.run.seed)
-    trained = prepare_networks(model, config, on_accelerator=accelerator.device.type != "cpu")
+    trained = prepare_networks(
+        model, config, on_accelerator=accelerator.device.type != "cpu", compiled=config.train.compile
+    )
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
         if accelerator.is_main_process:
@@ -157,15 +162,19 @@ def dismiss(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:
+def prepare_networks(
+    model: ModelParts, config: Config, *, on_accelerator: bool, compiled: bool = False
+) -> dict[str, nn.Parameter]:
     """Fold, attention, adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
 
-    `on_accelerator` decides what memory.checkpointing=auto means.
+    `on_accelerator` decides what memory.checkpointing=auto means. Blocks are `compiled` for a real step alone.
     """
     dtype = DTYPES[config.train.precision]
     fold(model.unet)
     use_attention(model.unet, config.memory.attention)
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed)
+    if compiled:
+        compile_blocks(model.unet)
     policy = config.memory.checkpointing
     recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
     model.unet.train()

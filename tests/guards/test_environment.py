@@ -191,6 +191,18 @@ def test_a_build_without_kernels_says_its_own_reason(monkeypatch):
     assert unavailable("xformers", cuda, torch.float16) is None
 
 
+def test_the_compiler_needs_a_gpu_and_triton(monkeypatch):
+    found = only("train.compile=true")
+    assert (found.code, found.where, found.patch) == ("ENV017", "train.compile", ("train.compile=false",))
+    assert found.why.startswith("train.compile: no NVIDIA GPU is visible, and")
+    monkeypatch.setattr(environment, "_cuda", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: True)
+    without(monkeypatch, "triton")
+    assert only("train.compile=true").why.startswith("train.compile: Triton is not installed, and")
+    with_module(monkeypatch, "triton")
+    assert check_environment(config("train.compile=true")) == []
+
+
 def test_precision_that_the_device_lacks(monkeypatch):
     found = only("train.precision=fp16")
     assert (found.code, found.severity, found.patch) == ("ENV007", "error", ("train.precision=bf16",))
