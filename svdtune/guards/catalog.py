@@ -49,13 +49,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "PyAV indexes every clip; decord, where asked for, decodes them.",
          "Install PyAV, or set data.decoder=auto."),
     Rule("ENV005", "the attention cannot run on this device",
-         "xformers has no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. Preflight puts one "
-         "token through it.",
+         "flash, cudnn and xformers have no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. "
+         "Preflight puts one token through what memory.attention names.",
          "Set memory.attention=sdpa."),
-    Rule("ENV006", "too many rows for an attention kernel",
-         "SVD's temporal attention sees every position as a batch entry of its own: batch x h/8 x w/8 rows (xformers: x heads). "
-         "CUDA grids end at 65535: \"CUDA error: invalid configuration argument\".",
-         "Set memory.attention=sdpa, or a smaller train.batch_size with more train.accumulation."),
     Rule("ENV007", "a precision that this device cannot compute in",
          "fp16 with its gradient scaler needs an NVIDIA GPU; GPUs before Ampere only emulate bf16.",
          "Set train.precision=bf16 on CPUs and newer GPUs, fp16 on older ones."),
@@ -87,6 +83,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "svdtune trains with one process, DDP or FSDP2, which shards the UNet's blocks as svdtune knows them. DeepSpeed, Megatron, FSDP1 "
          "and offloading keep the network in ways that its checkpoints and export do not know.",
          "Unset the variable, or write the accelerate config as configs/accelerate/fsdp2.yaml or multi_gpu.yaml."),
+    Rule("ENV017", "the compiler has no code for this device",
+         "train.compile makes kernels for NVIDIA GPUs with Triton.",
+         "Set train.compile=false."),
     Rule("ENV040", "steps became slow",
          "Every step computes the same, so a slower one means the machine: a hot GPU that lowers its clock, a neighbour, swapping, or GPU "
          "memory so full that it is freed and asked for again in each step. Waiting for clips is not counted.",

@@ -88,7 +88,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def batches(config, session, samples: int):
     """Of the cached run and of the live one, as their loaders give them."""
-    options = {"seed": config.run.seed, "rank": 0, "world": 1, "batch_size": 2, "first_sample": 0, "last_sample": samples}
+    options = {
+        "seed": config.run.seed,
+        "rank": 0,
+        "world": 1,
+        "batch_size": 2,
+        "first_sample": 0,
+        "last_sample": samples,
+    }
     index = read_index(config)
     return zip(
         make_loader(config.data, index, **options),
@@ -108,7 +115,10 @@ def test_the_loss_of_cached_clips_is_that_of_the_clips(config, session):
         assert from_cache.names == decoded.names
         assert from_cache.sample.tolist() == decoded.sample.tolist()
         draws = draws_for(decoded, built.parts.facts, made)
-        assert all(torch.equal(value, getattr(draws, name)) for name, value in vars(draws_for(from_cache, built.parts.facts, made)).items())
+        assert all(
+            torch.equal(value, getattr(draws, name))
+            for name, value in vars(draws_for(from_cache, built.parts.facts, made)).items()
+        )
         with torch.no_grad():
             one, other = train_step(built.parts, from_cache, draws), train_step(built.parts, decoded, draws)
         torch.testing.assert_close(one.loss_per_clip, other.loss_per_clip, rtol=WITHIN, atol=0)

@@ -14,6 +14,7 @@ from svdtune.contracts import Draws, VideoBatch, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import Observed, aside, hooks
+from svdtune.model.regions import uncompiled
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.sharding import gathered
@@ -102,7 +103,7 @@ def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
                 return Culprit(f"{type(record).__name__}.{name}", "output", ", before any network")
     found: list[Culprit] = []
-    with hooks() as add:
+    with hooks() as add, uncompiled(parts.unet):
         for part in ("vae", "image_encoder", "unet"):
             for name, module in getattr(parts, part).named_modules():
                 add(module.register_forward_hook(_watch(f"{part}.{name}" if name else part, found)))
