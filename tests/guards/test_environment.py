@@ -220,6 +220,8 @@ def test_the_eight_bit_optimizer(monkeypatch):
     found = only("train.optimizer=adamw8bit")
     assert (found.code, found.severity, found.patch) == ("ENV008", "error", ("train.optimizer=adamw",))
     assert found.got == "adamw8bit, and bitsandbytes is not installed"
+    ours = config("train.optimizer=adamw8bit", "memory.parameters=bf16", "train.precision=bf16")
+    assert "ENV008" not in {finding.code for finding in check_environment(ours)}
     with_module(monkeypatch, "bitsandbytes")
     assert only("train.optimizer=adamw8bit").got == "adamw8bit, and no NVIDIA GPU is visible"
     monkeypatch.setattr(environment, "_cuda", lambda: True)
