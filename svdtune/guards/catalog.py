@@ -316,6 +316,9 @@ _DATA: tuple[Rule, ...] = (
          "A picture that is shown several times in a row teaches the model to stand still and then jump. Converted GIFs, animation and "
          "recordings with a made-up frame rate are such files.",
          "Sample slower (data.fps), or take files that hold as many pictures as their frame rate says."),
+    Rule("DAT360", "the latent cache does not fit",
+         "data.latents holds clips of another size, rate, number of frames, of other or changed files, or encoded by other networks.",
+         "Run `svdtune cache` with this configuration: what fits is kept, the rest is encoded."),
     Rule("DAT340", "the loader cannot keep up",
          "The GPU is idle for more than half of the time because no clip is ready.",
          "Raise data.workers, install decord, re-encode the files near data.height x data.width, or put data.root on a local disk."),

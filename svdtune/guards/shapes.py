@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
-from svdtune.contracts import Axes, Draws, ModelFacts, VideoBatch, require, specs
+from svdtune.contracts import Axes, Batch, Draws, LatentBatch, ModelFacts, VideoBatch, require, specs
 from svdtune.engine import sharding
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
@@ -77,6 +77,8 @@ class Built:
     trained: dict[str, nn.Parameter]
     copies: tuple[str, ...]
     """Names handed over as trained whose parameter is not the network's own."""
+    batch: type[Batch]
+    """What the loader will give."""
     expected: frozenset[str] | None
     """What adapt.method names in this network; None for LoRA, whose layers the targets choose."""
 
@@ -92,7 +94,7 @@ def stage(config: Config, model: ModelParts) -> Iterator[Built]:
     with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
         # The parameters were replaced by fake ones of the same names.
         trained = {name: parameter for name, parameter in model.unet.named_parameters() if name in trained}
-        yield Built(_parts(model, config, dtype), trained, copies, named)
+        yield Built(_parts(model, config, dtype), trained, copies, batch_of(config), named)
 
 
 def user_axes(config: Config, facts: ModelFacts) -> dict[str, int]:
@@ -108,6 +110,11 @@ def distinct_axes(facts: ModelFacts) -> dict[str, int]:
     b, t = next(free), next(size for size in free if size >= 5)
     h, w = next(size for size in free if size >= 9), next(size for size in free if size >= 16)
     return facts.axes(b=b, t=t, h=facts.f * h, w=facts.f * w)
+
+
+def batch_of(config: Config) -> type[Batch]:
+    """What the loader of this configuration gives: decoded clips, or cached ones."""
+    return LatentBatch if config.data.latents else VideoBatch
 
 
 def fake_record(record: type[Record], axes: Axes) -> Record:
@@ -177,7 +184,7 @@ def _attempt(built: Built, axes: Axes) -> list[Finding]:
 
 
 def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
-    result = train_step(built.parts, fake_record(VideoBatch, axes), fake_record(Draws, axes))
+    result = train_step(built.parts, fake_record(built.batch, axes), fake_record(Draws, axes))
     # The step checks its own records; a check that was taken out must not take the proof along.
     for record in (result.encoded, result.unet_input, result.prediction, result):
         require(record, axes)

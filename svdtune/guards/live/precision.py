@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdtune.contracts import Draws, VideoBatch, move
+from svdtune.contracts import Batch, Draws, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import Observed, aside, hooks
@@ -93,7 +93,7 @@ def _culprit_of(session: Session, position: Position) -> Culprit | None:
     return None
 
 
-def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float = 1.0) -> Culprit | None:
+def first_not_finite(parts: Parts, batch: Batch, draws: Draws, scale: float = 1.0) -> Culprit | None:
     """Run the step once more, forward and backward, each module watched; None when all is finite now.
 
     `parts.unet` is the unwrapped network; `scale` multiplies the loss. Gradients that this leaves are removed.
