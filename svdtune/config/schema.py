@@ -78,7 +78,7 @@ class Data:
     resize: Literal["cover", "pad", "squash"] = "cover"
     """cover: scale to fill, crop the centre. pad: scale to fit, black borders. squash: scale each side by itself."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """auto: decord where its length and times equal the packet index (and no edit list or leading pictures), PyAV otherwise."""
+    """auto: PyAV, which reads every file and costs the least CPU time. decord: refuses files that it would read wrongly."""
     motion_bucket: int = 127
     """motion_bucket_id given to the UNet with every clip."""
     flip: bool = False

@@ -321,7 +321,7 @@ _DATA: tuple[Rule, ...] = (
          "Run `svdtune cache` with this configuration: what fits is kept, the rest is encoded."),
     Rule("DAT340", "the loader cannot keep up",
          "The GPU is idle for more than half of the time because no clip is ready.",
-         "Raise data.workers, install decord, re-encode the files near data.height x data.width, or put data.root on a local disk."),
+         "Raise data.workers, leave data.decoder=auto, re-encode the files near data.height x data.width, or put them on a local disk."),
     Rule("DAT350", "clips of one batch differ in shape",
          "A batch is stacked: all its clips need the same frames, height and width.",
          "Sample a fixed number of frames by time, and crop to a fixed size."),
