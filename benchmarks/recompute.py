@@ -27,7 +27,7 @@ from svdtune.config.load import load_config
 from svdtune.config.schema import Config
 from svdtune.contracts import Draws, VideoBatch, specs
 from svdtune.model.load import fake_model, known_configs
-from svdtune.trainer.build import DTYPES, _use_xformers, clip_pixels, prepare_networks
+from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.step import Parts, train_step
 
@@ -88,8 +88,6 @@ def updates(config: Config, device: torch.device, steps: int) -> list[float]:
             else:
                 tensor.zero_()
     trained = prepare_networks(model, config, on_accelerator=True)
-    if config.memory.attention == "xformers":
-        _use_xformers(model)
     model.unet.to(device)
     learning = make_learning(config, trained, device)
     parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, DTYPES[config.train.precision],

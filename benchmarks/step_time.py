@@ -1,10 +1,10 @@
 """Clips per second of svdtune against the usual single-script loop, at the same frames, size and trained set, in one run.
 
-    python benchmarks/step_time.py configs/svd_xt_full.yaml data.num_frames=14 data.height=320 data.width=512
+    python benchmarks/step_time.py configs/svd_xt_full.yaml data.num_frames=14 --fastest memory.parameters=bf16
     python benchmarks/step_time.py configs/tiny.yaml --steps 3                                # the same path on a CPU
 
 Three rows: the usual loop (`usual_loop.py`), svdtune with what it encodes live, and svdtune as fast as it goes: from a latent cache,
-with the least recomputation that fits (`--checkpointing`), compiled where there is a GPU. Beside the seconds: model FLOPs of one
+with nothing recomputed, compiled where there is a GPU, and what `--fastest` adds. Beside the seconds: model FLOPs of one
 update, the share of the card's peak that they are (MFU), and the step's eager roofline. Random weights. Prints one JSON object.
 """
 
@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--steps", type=int, default=5, help="updates timed, after two that are not")
-    parser.add_argument("--checkpointing", default="none", help="memory.checkpointing of the fastest row")
+    parser.add_argument("--fastest", nargs="*", default=[], help="overrides of the last row")
     arguments = parser.parse_intermixed_args()
     config = load_config(Path(arguments.config), ["train.ema=false", *arguments.overrides])
     where = device()
-    fastest = ["data.latents=cache", "data.windows=1", f"memory.checkpointing={arguments.checkpointing}"]
-    fastest += ["train.compile=true"] if where.type == "cuda" else []
+    fastest = ["data.windows=1", "data.latents=cache", "memory.checkpointing=none"]
+    fastest += [*(["train.compile=true"] if where.type == "cuda" else []), *arguments.fastest]
     rows = {
         "usual loop": timed(usual_update(config, where), arguments.steps),
         "svdtune, live": timed(our_update(config, where), arguments.steps),

@@ -70,7 +70,7 @@ def our_update(config: Config, where: torch.device) -> Callable[[], None]:
     model: Any = random_model(config, where)
     if config.data.latents:
         model.image_encoder.to("meta")  # as in training, the tower is not on the device
-    trained = prepare_networks(model, config, on_accelerator=where.type != "cpu")
+    trained = prepare_networks(model, config, on_accelerator=where.type != "cpu", compiled=config.train.compile)
     model.unet.to(where)
     learning = make_learning(config, trained, where)
     parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, DTYPES[config.train.precision],

@@ -78,7 +78,7 @@ class Data:
     resize: Literal["cover", "pad", "squash"] = "cover"
     """cover: scale to fill, crop the centre. pad: scale to fit, black borders. squash: scale each side by itself."""
     decoder: Literal["auto", "decord", "pyav"] = "auto"
-    """auto: decord where its length and times equal the packet index (and no edit list or leading pictures), PyAV otherwise."""
+    """auto: PyAV, which reads every file and costs the least CPU time. decord: refuses files that it would read wrongly."""
     motion_bucket: int = 127
     """motion_bucket_id given to the UNet with every clip."""
     flip: bool = False
@@ -213,8 +213,8 @@ class Train:
     ema_decay: float = 0.9999
     """Upper bound of the EMA decay; it warms up from 0."""
     compile: bool = False
-    """Compile the UNet's repeated blocks, and the optimizer of memory.parameters=bf16 (torch.compile); needs an NVIDIA GPU. Minutes at
-    the start, faster steps."""
+    """Compile the UNet's repeated blocks where they train, and the optimizer of memory.parameters=bf16 (torch.compile); needs an NVIDIA
+    GPU. Minutes at the start, faster steps."""
     log_interval: int = 10
     """Optimizer steps between printed lines where there is no terminal; metrics.jsonl has every step."""
 
@@ -384,6 +384,20 @@ class Config:
             self.train.precision,
             "bf16 with memory.parameters=bf16, which holds what is trained in no other type",
             ("train.precision=bf16",),
+        )
+        _require(
+            not self.train.compile or self.memory.attention != "xformers",
+            "memory.attention",
+            self.memory.attention,
+            "another than xformers with train.compile, which compiles blocks with their attention",
+            ("memory.attention=auto",),
+        )
+        _require(
+            not self.train.compile or not self.adapt.dora,
+            "adapt.dora",
+            self.adapt.dora,
+            "false with train.compile: peft's code for it cannot be compiled",
+            ("train.compile=false",),
         )
         if self.adapt.method != "lora":
             for key, off in (("targets", None), ("alpha", None), ("dora", False)):

@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,11 @@ def tensor(axes: str, meaning: str, *, dtype: str = "float", columns: tuple[str,
 
 def specs(record: Any) -> dict[str, TensorSpec]:
     """Field name to spec, for a record class or an instance of one."""
+    return dict(_specs_of(record if isinstance(record, type) else type(record)))
+
+
+@cache
+def _specs_of(record: type) -> dict[str, TensorSpec]:
     return {f.name: f.metadata["spec"] for f in fields(record) if "spec" in f.metadata}
 
 
@@ -146,7 +152,7 @@ def _one_axis(got: tuple[int, ...], expected: tuple[int, ...], i: int, spec: Ten
 
 def _evaluate(expression: str, axes: Axes) -> int:
     value, operator = 1, "*"
-    for term in _TERM.findall(expression):
+    for term in _terms(expression):
         if term in "*/":
             operator = term
             continue
@@ -158,6 +164,11 @@ def _evaluate(expression: str, axes: Axes) -> int:
             )
         value = value // size if operator == "/" else value * size
     return value
+
+
+@cache  # thousands of draws ask for the same few shapes
+def _terms(expression: str) -> list[str]:
+    return _TERM.findall(expression)
 
 
 def _size(term: str, axes: Axes, expression: str) -> int:

@@ -31,7 +31,7 @@ INDEX = "index.json"
 NETWORKS = ("vae", "image_encoder")
 TENSORS = ("first_frame", "image_embeds", "latents_mean", "latents_std")
 """What an entry holds: the fields of `LatentBatch` without the batch axis."""
-RUN = "run `svdtune cache` with this configuration: what is there is kept, what is missing is encoded"
+RUN = "Run `svdtune cache` with this configuration: what is there is kept, what is missing is encoded."
 _OF_PICTURES = ("num_frames", "height", "width", "fps", "resize", "decoder")
 _CHUNK = 1 << 22
 
@@ -159,11 +159,11 @@ def read_entry(folder: Path, name: str, entry: Entry) -> dict[str, Tensor]:
             told = (stored.metadata() or {}).get("crc32")
             tensors = {name: stored.get_tensor(name) for name in TENSORS}
     except FileNotFoundError:
-        raise DataError(f"{what} is missing; {RUN}") from None
+        raise DataError(f"{what} is missing. {RUN}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{what} is damaged ({error}); delete it and {RUN}") from error
+        raise DataError(f"{what} is damaged ({error}). Delete it. {RUN}") from error
     if told != checksum(tensors):
-        raise DataError(f"{what} is damaged (its numbers are not those that were written); delete it and {RUN}")
+        raise DataError(f"{what} is damaged (its numbers are not those that were written). Delete it. {RUN}")
     return tensors
 
 
@@ -175,11 +175,11 @@ def read_index(config: Config) -> Index:
         stat = path.stat()
         return _read_index(path, stat.st_mtime_ns, stat.st_size)
     except FileNotFoundError:
-        raise DataError(f"data.latents: {_no_index(folder, config)}; {RUN}") from None
+        raise DataError(f"data.latents: {_no_index(folder, config)}. {RUN}") from None
     except OSError as error:
         raise DataError(f"data.latents: {path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.latents: {path} is damaged ({type(error).__name__}: {error}); {RUN}") from error
+        raise DataError(f"data.latents: {path} is damaged ({type(error).__name__}: {error}). {RUN}") from error
 
 
 def _no_index(folder: Path, config: Config) -> str:
@@ -191,16 +191,23 @@ def _no_index(folder: Path, config: Config) -> str:
     others = [differences(_read_index(path, 0, 0).settings, wanted) for path in sorted(folder.glob(f"view-*/{INDEX}"))]
     if not others:
         return f"{folder} holds no finished cache"
-    return f"the cache {folder} was made for another configuration:\n  " + "\n  ".join(min(others, key=len)) + "\n"
+    return f"the cache {folder} was made for another configuration ({'; '.join(min(others, key=len))})"
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for each setting that is not as it was when the cache was made."""
     return [
-        f"{name}: the cache was made with {made.get(name)!r}, wanted is {value!r}"
+        f"{name} was {_shown(made.get(name))}, now {_shown(value)}"
         for name, value in wanted.items()
         if made.get(name) != value
     ]
+
+
+def _shown(value: Any) -> str:
+    """As YAML has it; of a hash the beginning."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else f"{value:.12}" if isinstance(value, str) else str(value)
 
 
 @lru_cache(maxsize=4)

@@ -20,9 +20,9 @@ Decoder = Literal["auto", "decord", "pyav"]
 _SAME_SECONDS = 1e-3
 """Times of decord (float32) and of the index count as equal up to here."""
 _BT601 = (2, 5, 6)
+"""Matrix coefficients that decord's conversion is right for: not stated, BT.470BG, SMPTE 170M."""
 _NARROW = 80
 """Widths 16, 24, 48 and 72 fail in decord 0.6; every even one from here to 420 does not."""
-"""Matrix coefficients that decord's conversion is right for: not stated, BT.470BG, SMPTE 170M."""
 
 
 class Reader(Protocol):
@@ -40,17 +40,15 @@ class Reader(Protocol):
 def open_reader(index: VideoIndex, decoder: Decoder = "auto") -> Reader:
     """The reader for one file.
 
-    `auto` takes decord where it is known to return the right frames and colours, PyAV otherwise; `decord` refuses such
-    files with DataError.
+    `auto` takes PyAV, which reads every file right and costs the least CPU time (benchmarks/loader.py). `decord` raises
+    DataError for files of which it is not known to return the right frames and colours.
     """
-    if decoder == "pyav":
+    if decoder != "decord":
         return PyavReader(index)
     objection = decord_objection(index)
     reader = None if objection else _try_decord(index)
     if isinstance(reader, DecordReader):
         return reader
-    if decoder == "auto":
-        return PyavReader(index)
     raise DataError(
         f"{index.path}: data.decoder=decord would return wrong pictures: {objection or reader}. "
         "Set data.decoder to auto or pyav"
@@ -78,7 +76,10 @@ class PyavReader:
     """Seeks to the last keyframe at or before a frame, then decodes until the presentation time is the wanted one."""
 
     def __init__(self, index: VideoIndex) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self._index = index
+        self._to_rgb = VideoReformatter()  # one for all: each frame would make a scaler of its own
         self._open()
 
     def _open(self) -> None:
@@ -105,7 +106,7 @@ class PyavReader:
         reason, missing = "", wanted
         for start in (key, key - 1, None):
             try:
-                pictures = self._decode(start, wanted)
+                pictures = self._decode(start, wanted, skip=start == key)
             except av.FFmpegError as error:
                 reason = damage(error)
                 continue
@@ -114,26 +115,36 @@ class PyavReader:
             reason, missing = "the decoder skips it; re-encode the file with ffmpeg", wanted - pictures.keys()
         raise DataError(f"{self._index.path}: {self._name_of(min(missing))}: {reason}")
 
-    def _decode(self, key: int | None, wanted: set[int]) -> dict[int, np.ndarray]:
+    def _decode(self, key: int | None, wanted: set[int], *, skip: bool) -> dict[int, np.ndarray]:
         if key is None:
             self.close()
             self._open()
         else:
             self._container.seek(int(self._index.keyframe_pts[max(key, 0)]), stream=self._stream, backward=True)
         pictures, last = {}, max(wanted)
-        for frame in self._frames():
+        for frame in self._frames(wanted if skip and self._can_skip() else None):
             if frame.pts in wanted and not frame.is_corrupt:
-                pictures[frame.pts] = _displayed(frame.to_ndarray(format="rgb24"), self._index.orientation)
+                picture = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+                pictures[frame.pts] = _displayed(picture, self._index.orientation)
             if frame.pts is not None and frame.pts >= last:
                 break
         return pictures
 
-    def _frames(self) -> Iterator[VideoFrame]:
-        """Decoded frames from the next keyframe on: a seek in MPEG-TS lands between keyframes."""
-        started = False
+    def _can_skip(self) -> bool:
+        """Whether pictures that no other refers to are marked so (nal_ref_idc), and each packet holds a whole picture."""
+        return self._index.codec == "h264" and not self._index.interlaced
+
+    def _frames(self, wanted: set[int] | None) -> Iterator[VideoFrame]:
+        """Decoded frames from the next keyframe on: a seek in MPEG-TS lands between keyframes.
+
+        Those not `wanted` to which no other refers are left out undecoded; None: every frame.
+        """
+        started, codec = False, self._stream.codec_context
         for packet in self._container.demux(self._stream):
             started = started or packet.is_keyframe
             if started:
+                needed = wanted is None or packet.pts is None or packet.pts in wanted
+                codec.skip_frame = "DEFAULT" if needed else "NONREF"
                 yield from self._stream.decode(packet)
 
     def _name_of(self, pts: int) -> str:

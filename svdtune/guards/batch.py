@@ -46,6 +46,7 @@ def check_batch(config: Config, facts: ModelFacts, files: Sequence[VideoIndex]) 
     )
     try:
         batch = next(loader)
+        assert isinstance(batch, VideoBatch)
         if wrong := [_record("DAT311", mismatch) for mismatch in check(batch, axes)]:
             return wrong
         draws = draws_for(batch, facts, config)

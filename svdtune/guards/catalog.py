@@ -49,13 +49,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "PyAV indexes every clip; decord, where asked for, decodes them.",
          "Install PyAV, or set data.decoder=auto."),
     Rule("ENV005", "the attention cannot run on this device",
-         "xformers has no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. Preflight puts one "
-         "token through it.",
+         "flash, cudnn and xformers have no CPU kernel, and a build without CUDA kernels imports well and fails at the first call. "
+         "Preflight puts one token through what memory.attention names.",
          "Set memory.attention=sdpa."),
-    Rule("ENV006", "too many rows for an attention kernel",
-         "SVD's temporal attention sees every position as a batch entry of its own: batch x h/8 x w/8 rows (xformers: x heads). "
-         "CUDA grids end at 65535: \"CUDA error: invalid configuration argument\".",
-         "Set memory.attention=sdpa, or a smaller train.batch_size with more train.accumulation."),
     Rule("ENV007", "a precision that this device cannot compute in",
          "fp16 with its gradient scaler needs an NVIDIA GPU; GPUs before Ampere only emulate bf16.",
          "Set train.precision=bf16 on CPUs and newer GPUs, fp16 on older ones."),
@@ -87,6 +83,9 @@ _ENVIRONMENT: tuple[Rule, ...] = (
          "svdtune trains with one process, DDP or FSDP2, which shards the UNet's blocks as svdtune knows them. DeepSpeed, Megatron, FSDP1 "
          "and offloading keep the network in ways that its checkpoints and export do not know.",
          "Unset the variable, or write the accelerate config as configs/accelerate/fsdp2.yaml or multi_gpu.yaml."),
+    Rule("ENV017", "the compiler has no code for this device",
+         "train.compile makes kernels for NVIDIA GPUs with Triton.",
+         "Set train.compile=false."),
     Rule("ENV040", "steps became slow",
          "Every step computes the same, so a slower one means the machine: a hot GPU that lowers its clock, a neighbour, swapping, or GPU "
          "memory so full that it is freed and asked for again in each step. Waiting for clips is not counted.",
@@ -317,9 +316,12 @@ _DATA: tuple[Rule, ...] = (
          "A picture that is shown several times in a row teaches the model to stand still and then jump. Converted GIFs, animation and "
          "recordings with a made-up frame rate are such files.",
          "Sample slower (data.fps), or take files that hold as many pictures as their frame rate says."),
+    Rule("DAT360", "the latent cache does not fit",
+         "data.latents holds clips of another size, rate, number of frames, of other or changed files, or encoded by other networks.",
+         "Run `svdtune cache` with this configuration: what fits is kept, the rest is encoded."),
     Rule("DAT340", "the loader cannot keep up",
          "The GPU is idle for more than half of the time because no clip is ready.",
-         "Raise data.workers, install decord, re-encode the files near data.height x data.width, or put data.root on a local disk."),
+         "Raise data.workers, leave data.decoder=auto, re-encode the files near data.height x data.width, or put them on a local disk."),
     Rule("DAT350", "clips of one batch differ in shape",
          "A batch is stacked: all its clips need the same frames, height and width.",
          "Sample a fixed number of frames by time, and crop to a fixed size."),

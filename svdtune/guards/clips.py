@@ -18,6 +18,7 @@ from svdtune.data.index import VideoIndex
 from svdtune.data.readers import decord_objection
 from svdtune.errors import DataError
 from svdtune.guards.findings import Finding
+from svdtune.guards.latents import check_latents
 
 _SAMPLED, _HELD_OUT = 64, 32
 """Files looked at by default, and of the held-out ones on top."""
@@ -79,7 +80,10 @@ class _Seen:
 
 def check_clips(config: Config, *, exhaustive: bool = False) -> list[Finding]:
     """DAT301 and following, from the headers of a sample of the files (all with `exhaustive`), and of validation.images."""
-    return [*_check_files(config, exhaustive), *_images(config)]
+    cached = check_latents(config) if config.data.latents else []
+    if config.data.latents and not Path(config.data.root).is_dir():
+        return [*cached, *_images(config)]  # the videos are elsewhere, and nothing will open them
+    return [*cached, *_check_files(config, exhaustive), *_images(config)]
 
 
 def _first_batch(config: Config, seen: _Seen) -> list[Finding]:

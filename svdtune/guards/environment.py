@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from svdtune import __version__
 from svdtune.config.schema import Config
+from svdtune.errors import ConfigError
 from svdtune.guards.findings import Finding
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ _DIFFUSERS = (
     ((0, 27), "its SVD pipeline normalises the CLIP image and applies guidance wrongly"),
     ((0, 25), "its chunked feed-forward gives wrong numbers"),
 )
-_GRID = 65535
-"""Largest second and third dimension of a CUDA grid; attention kernels put batch (x heads) there."""
 
 
 def check_environment(config: Config | None, *, for_a_card: bool = False) -> list[Finding]:
@@ -42,8 +41,8 @@ def check_environment(config: Config | None, *, for_a_card: bool = False) -> lis
     if config is None:
         return found
     if not for_a_card or _cuda():
-        found += [*_attention(config), *_precision(config), *_optimizer(config), *_threads(config)]
-    return [*found, *_grid(config), *_trackers(config), *_keys(config), *_run_folder(config), *_shared_memory(config)]
+        found += [*_attention(config), *_precision(config), *_optimizer(config), *_compiler(config), *_threads(config)]
+    return [*found, *_trackers(config), *_keys(config), *_run_folder(config), *_shared_memory(config)]
 
 
 def environment_report() -> Mapping[str, str]:
@@ -191,58 +190,20 @@ def _engine() -> list[Finding]:
 
 
 def _attention(config: Config) -> list[Finding]:
-    """ENV005: xformers cannot be called on this device (it has no CPU kernel). One token is really put through it."""
-    if config.memory.attention != "xformers":
+    """ENV005: the kernel asked for by name cannot be called on this device. One token is really put through it."""
+    backend = config.memory.attention
+    if backend in ("auto", "sdpa", "math"):
         return []
-    if reason := probe_xformers():
-        return [Finding("ENV005", "error", "memory.attention", f"xformers: {reason}", "an attention that runs on this device",
-                        "xformers has kernels for NVIDIA GPUs only, compiled for one torch.", "Set memory.attention=sdpa, torch's own.",
-                        ("memory.attention=sdpa",))]  # fmt: skip
-    return []
-
-
-def probe_xformers() -> str | None:
-    """Why xformers' attention cannot be used here; None when one token came through it."""
-    if importlib.util.find_spec("xformers") is None:
-        return "it is not installed"
-    if not _cuda():
-        return "no NVIDIA GPU is visible, and it has no CPU kernel"
     import torch
 
-    try:
-        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+    from svdtune.model.attention import unavailable
+    from svdtune.trainer.build import DTYPES
 
-        token = torch.zeros(1, 1, 64, device="cuda", dtype=torch.float16)
-        memory_efficient_attention(token, token, token)
-    except (ImportError, RuntimeError, ValueError, NotImplementedError, OSError) as error:
-        return str(error).strip().split("\n")[0]
-    return None
-
-
-def _grid(config: Config) -> list[Finding]:
-    """ENV006: temporal attention folds all positions (and xformers the heads too) into one axis of the CUDA grid."""
-    from svdtune.guards.settings import vae_factor
-    from svdtune.guards.table import local_configs
-
-    configs = local_configs(config)
-    factor = vae_factor(configs) if configs else None
-    heads = configs.unet.get("num_attention_heads") if configs else None
-    first = heads[0] if isinstance(heads, list) and heads else heads
-    if not factor or not isinstance(first, int):
-        return []
-    data, batch = config.data, config.train.batch_size
-    rows = batch * (data.height // factor) * (data.width // factor)
-    sum_up = f"batch {batch} x {data.height // factor} x {data.width // factor} latents"
-    if config.memory.attention == "xformers" and rows * first > _GRID:
-        return [Finding("ENV006", "error", "memory.attention", f"{sum_up} x {first} heads = {rows * first} rows",
-                        f"at most {_GRID} rows with xformers", "Temporal attention runs at every position by itself, so xformers gets "
-                        "positions x heads as its batch, which is one axis of a CUDA grid: \"CUDA error: invalid configuration "
-                        "argument\".", "Set memory.attention=sdpa.", ("memory.attention=sdpa",))]  # fmt: skip
-    if config.memory.attention == "sdpa" and rows > _GRID and _cuda():
-        return [Finding("ENV006", "warning", "train.batch_size", f"{sum_up} = {rows} rows", f"at most {_GRID} rows",
-                        "Temporal attention runs at every position by itself, and some of torch's CUDA kernels refuse a batch that "
-                        "exceeds one axis of a CUDA grid: \"invalid configuration argument\".",
-                        "A smaller train.batch_size with more train.accumulation gives the same update.")]  # fmt: skip
+    device = torch.device("cuda" if _cuda() else "cpu")
+    if reason := unavailable(backend, device, DTYPES[config.train.precision]):
+        return [Finding("ENV005", "error", "memory.attention", f"{backend}: {reason}", "an attention that runs on this device",
+                        "flash, cudnn and xformers have kernels for NVIDIA GPUs only, and not for every dtype.",
+                        "Set memory.attention=sdpa, torch's own.", ("memory.attention=sdpa",))]  # fmt: skip
     return []
 
 
@@ -276,6 +237,22 @@ def _optimizer(config: Config) -> list[Finding]:
     )
     return [Finding("ENV008", "error", "train.optimizer", got, "an optimizer that runs here", "It keeps its state in 8 bits with "
                     "bitsandbytes' CUDA kernels.", fix, ("train.optimizer=adamw",))]  # fmt: skip
+
+
+def _compiler(config: Config) -> list[Finding]:
+    """ENV017: train.compile without a GPU or without Triton."""
+    if not config.train.compile:
+        return []
+    import torch
+
+    from svdtune.model.regions import require_compiler
+
+    try:
+        require_compiler(torch.device("cuda" if _cuda() else "cpu"))
+    except ConfigError as error:
+        return [Finding("ENV017", "error", "train.compile", "true", "false on this device", str(error),
+                        "Set train.compile=false.", error.patch)]  # fmt: skip
+    return []
 
 
 def _trackers(config: Config) -> list[Finding]:

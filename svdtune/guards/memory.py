@@ -57,7 +57,13 @@ class Estimate:
 
     def as_json(self, device: int | None = None) -> dict[str, Any]:
         """What `--json` and preflight.json show as `predicted`; `device` is the memory it was held against."""
-        shown = {"peak": self.peak, "reserved": self.reserved, "weights": self.weights, "optimizer": self.optimizer, "step": self.step}
+        shown = {
+            "peak": self.peak,
+            "reserved": self.reserved,
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "step": self.step,
+        }
         gib = {f"{name}_gib": round(value / GIB, 3) for name, value in shown.items()}
         against = {} if device is None else {"device_gib": round(device / GIB, 3)}
         return {**gib, **against, "where": self.where, "trained_parameters": self.trained_parameters}
@@ -72,7 +78,15 @@ def estimate(recording: Recording, *, shards: int = 1) -> Estimate:
     step = peak.bytes - recording.weights - recording.optimizer
     where = f"{phase} in {peak.where}" if peak.where else phase
     if shards == 1:
-        return Estimate(recording.weights, recording.optimizer, step, recording.trained_parameters, recording.reserved, where, recording)
+        return Estimate(
+            recording.weights,
+            recording.optimizer,
+            step,
+            recording.trained_parameters,
+            recording.reserved,
+            where,
+            recording,
+        )
     weights = recording.weights - recording.unet + recording.unet // shards + recording.gathered
     step -= recording.gradients * (shards - 1) // shards
     return Estimate(weights, recording.optimizer // shards, max(0, step), recording.trained_parameters, 0, where)
@@ -91,11 +105,11 @@ def check_memory(config: Config, needed: Estimate, given: int | None) -> list[Fi
     if needed.fits(available):
         return []
     fix, patch = smaller(config)
-    at = f", which is the {needed.where}" if needed.where else ""
+    at = f" at the peak, in {needed.where}" if needed.where else ""
     return [
         Finding(
-            "MEM701", "error", "memory", f"{_gib(needed.peak)} in one process, {_gib(needed.reserved)} as the allocator takes them: "
-            f"{_gib(needed.weights)} of weights, {_gib(needed.optimizer)} of optimizer state, {_gib(needed.step)} beside them at the peak{at}",
+            "MEM701", "error", "memory", f"{_gib(needed.peak)} in one process, {_gib(needed.reserved)} with what the allocator keeps: "
+            f"{_gib(needed.weights)} of weights, {_gib(needed.optimizer)} of optimizer state, {_gib(needed.step)} beside them{at}",
             f"at most {_gib(available - CONTEXT)}: the device's {_gib(available)} without the driver's {_gib(CONTEXT)}",
             "Training would stop with an out-of-memory error in its first steps. Most of the step is activations, which "
             "grow with batch x frames x height x width.",
@@ -127,7 +141,10 @@ def check_disk(config: Config, trained_parameters: int) -> list[Finding]:
     checkpoints that this run already has are not asked for twice. The export comes on top and is not counted.
     """
     train, checkpoint = config.train, config.checkpoint
-    each = int(trained_parameters * (_PARAMETER_BYTES[config.memory.parameters] + state_bytes(config) + (4 if train.ema else 0)))
+    each = int(
+        trained_parameters
+        * (_PARAMETER_BYTES[config.memory.parameters] + state_bytes(config) + (4 if train.ema else 0))
+    )
     planned = min(checkpoint.keep, -(-train.steps // checkpoint.interval))
     folder = Path(config.run.dir) / config.run.name
     there = _bytes_of(folder / "checkpoints")

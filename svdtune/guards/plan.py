@@ -106,14 +106,18 @@ class Planner:
             rounded = list(self.rounded()) or list(self.exact())
             yield from ((*changes, _EIGHT) for changes in rounded)
 
-    def pick(self, *, eight: bool = False) -> Row | None:
-        """The fastest that fits: one that changes no number if there is one; None where nothing fits or no device is named."""
+    def pick(self, *, eight: bool = False, below: int | None = None) -> Row | None:
+        """The fastest that fits: one that changes no number if there is one; None where nothing fits or no device is named.
+
+        `below`: only with a peak of fewer bytes.
+        """
         if self.capacity is None:
             return None
         groups = [self.exact(), self.rounded(), *([self.eight()] if eight else [])]
         for group in groups:
             for changes in group:
-                if (row := self.tried(changes)) and row.fits:
+                row = self.tried(changes)
+                if row and row.fits and (below is None or row.needed.peak < below):
                     return row
         return None
 
@@ -126,7 +130,11 @@ class Planner:
 
     def _of(self, config: Config) -> Recording:
         """Recorded without average, with 32-bit state; both are added."""
-        train = replace(config.train, ema=False, optimizer="adamw" if config.train.optimizer == "adamw8bit" else config.train.optimizer)
+        train = replace(
+            config.train,
+            ema=False,
+            optimizer="adamw" if config.train.optimizer == "adamw8bit" else config.train.optimizer,
+        )
         alone = replace(config, train=train)
         key = repr((alone.model, alone.conditioning.bridge, alone.adapt, alone.memory.checkpointing, alone.memory.offload,
                     alone.memory.parameters, alone.memory.attention, alone.memory.vae_chunk, train.batch_size, train.accumulation > 1,
@@ -154,7 +162,10 @@ def with_plan(config: Config, capacity: int | None) -> tuple[Config, str]:
     row = planner.pick()
     size = f"{capacity / GIB:.1f} GiB"
     if row is None:
-        return config, f"memory.plan=auto: nothing of memory makes this run fit into {size}; the settings stay as they are"
+        return (
+            config,
+            f"memory.plan=auto: nothing of memory makes this run fit into {size}; the settings stay as they are",
+        )
     planned = with_overrides(config, list(row.changes)) if row.changes else config
     picked = " ".join(row.changes) or "the settings as they are"
     rounded = "" if row.exact else ", which rounds by chance: nothing exact fits"

@@ -1,4 +1,4 @@
-"""What a step on fake tensors would allocate and compute on a GPU: every storage with its birth and death, and each phase's peak and cost."""
+"""What a step on fake tensors allocates and computes: every storage with its birth and death, and each phase's peak and cost."""
 
 from __future__ import annotations
 
@@ -97,7 +97,10 @@ class Recorder(TorchDispatchMode):
         """Record inside, with the modules that run."""
         with ExitStack() as undo:
             undo.enter_context(self)
-            for hook in (register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, always_call=True)):
+            for hook in (
+                register_module_forward_pre_hook(self._enter),
+                register_module_forward_hook(self._leave, always_call=True),
+            ):
                 undo.callback(hook.remove)
             yield self
 

@@ -1,4 +1,4 @@
-"""The births and deaths of a step put through the rules of torch's CUDA caching allocator: how much it reserves, and whether a card is enough.
+"""The births and deaths of a step put through the rules of torch's CUDA caching allocator: what it reserves, whether a card will do.
 
 Rules of `c10/cuda/CUDACachingAllocator.cpp` at its defaults: two pools, segments of 2 MiB for up to 1 MiB and of 20 MiB for less than
 10 MiB, else as large as asked for; the smallest free block that is large enough is taken and split; neighbours that are free become one.

@@ -29,7 +29,8 @@ def cuda_rules(*, math: bool = False) -> Iterator[None]:
     The functions themselves are replaced: a function mode is off during a backward pass, and so in what is recomputed there.
     """
     rules: dict[str, Any] = {name: partial(_in_float32, getattr(F, name)) for name in _FLOAT32}
-    with patch.multiple(F, **rules, scaled_dot_product_attention=partial(attention, math=math)):
+    rules["scaled_dot_product_attention"] = computed = partial(attention, math=math)
+    with patch.multiple(F, **rules), patch("svdtune.model.attention.scaled_dot_product_attention", computed):
         yield
 
 
@@ -42,11 +43,15 @@ def attention(
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     aten = torch.ops.aten
     if math or attn_mask is not None:
-        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[
+            0
+        ]
     if query.dtype != torch.float32 and query.shape[-1] <= _WIDEST_FLASH:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     saves = torch.is_grad_enabled() and query.requires_grad
-    return aten._scaled_dot_product_efficient_attention(query, key, value, None, saves, dropout_p, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, saves, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def _in_float32(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

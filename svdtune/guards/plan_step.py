@@ -9,20 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from diffusers import StableVideoDiffusionPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from svdtune.config.schema import Config
 from svdtune.engine import BLOCKS, sharding
 from svdtune.guards.plan_ops import Cost
-from svdtune.guards.plan_record import Peak, Record, Recorder
+from svdtune.guards.plan_record import Peak, Recorder
 from svdtune.guards.plan_replay import Allocator, Full
+from svdtune.guards.plan_sample import held, once, sampled
 from svdtune.launch import world_size
 from svdtune.trainer.adamw import CHUNK
 from svdtune.trainer.optimizer import make_optimizer, state_bytes
@@ -32,6 +29,9 @@ BLAS = 2 * 2**25
 """cuBLAS keeps 32 MiB for each of the two threads that multiply: that of the forward and that of the backward pass."""
 _REPEATS = 3
 """Steps that the allocator is put through: from the second on it has the blocks that it will keep."""
+
+
+_APART = 10**9
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Recording:
         allocator.run(held)
         for repeat in range(_REPEATS):
             # What was there before the step stays; what the step makes has another name each time.
-            allocator.run((number if number in old else (number, repeat), size) for number, size in step)
+            allocator.run((number if number in old else number + repeat * _APART, size) for number, size in step)
 
 
 class Rehearsed:
@@ -133,11 +133,13 @@ class Rehearsed:
         reached: set[nn.Parameter] = set()
         with ExitStack() as undo:
             hooks = [self.parts.unet.register_forward_pre_hook(lambda *_: setattr(self.recorder, "phase", "forward"))]
-            hooks += [p.register_post_accumulate_grad_hook(reached.add) for p in self.trained.values() if p.grad is not None]
+            hooks += [
+                p.register_post_accumulate_grad_hook(reached.add) for p in self.trained.values() if p.grad is not None
+            ]
             for hook in hooks:
                 undo.callback(hook.remove)
             undo.enter_context(self.recorder.watching())
-            undo.enter_context(_once(self.parts.vae, self.recorder))
+            undo.enter_context(once(self.parts.vae, self.recorder))
             yield
         for parameter in self.trained.values():
             if parameter not in reached and len(hooks) > 1:
@@ -160,7 +162,18 @@ class Rehearsed:
         peaks = {phase: peak for phase, peak in recorder.peaks.items() if phase not in ("", "start")}
         unet = self.parts.unet
         whole = sum(parameter.nbytes for parameter in unet.parameters())
-        return Recording(self.weights, self.optimizer, self.count, gradients, whole, gathered(unet), peaks, recorder.costs, recorder.events, self.steady)
+        return Recording(
+            self.weights,
+            self.optimizer,
+            self.count,
+            gradients,
+            whole,
+            gathered(unet),
+            peaks,
+            recorder.costs,
+            recorder.events,
+            self.steady,
+        )
 
     def _learning(self) -> None:
         """What the optimizer keeps. Of bf16 parameters, whose optimizer is ours, as many move as it takes at once; others only count."""
@@ -209,41 +222,3 @@ def _largest(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
             break
         found.append(parameter)
     return found
-
-
-def held(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers."""
-    yield from network.parameters()
-    yield from network.buffers()
-
-
-_SAMPLED: dict[str, Record] = {}
-
-
-def sampled(config: Config, parts: Parts) -> Record:
-    """What a sample video makes, beside the weights; the same for runs that differ in how they train."""
-    facts, data = parts.facts, config.data
-    b = 2 if config.validation.guidance[1] > 1 else 1
-    axes = facts.axes(b=b, t=data.num_frames, h=data.height, w=data.width)
-    key = repr((axes, parts.unet.config, parts.vae.config, config.adapt, config.train.precision, config.memory.parameters,
-                config.memory.vae_chunk, config.memory.attention))  # fmt: skip
-    if key not in _SAMPLED:
-        recorder = Recorder({"unet": parts.unet, "vae": parts.vae})
-        recorder.phase = "sample"
-        recorder.pass_over(*held(parts.unet), *held(parts.vae))
-        with recorder.watching(), torch.no_grad():
-            _sample(parts, axes, config.memory.vae_chunk, recorder)
-        _SAMPLED[key] = recorder.record()
-    return _SAMPLED[key]
-
-
-def _sample(parts: Parts, axes: Mapping[str, int], chunk: int, recorder: Recorder) -> None:
-    """One call of the UNet as the sampler makes it, with guidance two clips at once, and the decoding of a video."""
-    facts = parts.facts
-    b, t, z, h, w = axes["b"], axes["t"], axes["z"], axes["h"] // facts.f, axes["w"] // facts.f
-    noisy, token, ids = torch.empty(b, t, 2 * z, h, w), torch.empty(b, 1, facts.d), torch.empty(b, facts.m)
-    with torch.autocast("cpu", dtype=parts.dtype, enabled=parts.dtype != torch.float32):
-        parts.unet(noisy, torch.empty(()), encoder_hidden_states=token, added_time_ids=ids, return_dict=False)[0].float()
-    holder: Any = SimpleNamespace(vae=parts.vae)
-    with _once(parts.vae, recorder):
-        StableVideoDiffusionPipeline.decode_latents(holder, torch.empty(1, t, z, h, w), t, chunk)

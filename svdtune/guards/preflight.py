@@ -209,14 +209,14 @@ def merged(patches: Sequence[Sequence[str]]) -> list[str]:
 def _of_data(config: Config) -> tuple[Any, ...]:
     """What the stage data reads of a configuration, and more."""
     sections = config.data, config.validation, config.model, config.conditioning, config.objective
-    return *sections, config.run.seed, config.train.batch_size
+    return *sections, config.run.seed, config.train.batch_size, config.train.precision
 
 
 def _of_step(config: Config) -> tuple[Any, ...]:
     """What the rehearsal reads of a configuration, and more."""
     data = config.data
     sections = config.run, config.model, config.conditioning, config.adapt, config.train, config.memory
-    return *sections, data.num_frames, data.height, data.width
+    return *sections, data.num_frames, data.height, data.width, data.latents is None
 
 
 def _proved(first: Pass) -> Report:

@@ -80,6 +80,8 @@ class Built:
     trained: dict[str, nn.Parameter]
     copies: tuple[str, ...]
     """Names handed over as trained whose parameter is not the network's own."""
+    batch: type[Batch]
+    """What the loader will give."""
     expected: frozenset[str] | None
     """What adapt.method names in this network; None for LoRA, whose layers the targets choose."""
 
@@ -95,7 +97,7 @@ def stage(config: Config, model: ModelParts) -> Iterator[Built]:
     with fake_tensors(model.unet, model.vae, model.image_encoder), _quiet():
         # The parameters were replaced by fake ones of the same names.
         trained = {name: parameter for name, parameter in model.unet.named_parameters() if name in trained}
-        yield Built(_parts(model, config, dtype), trained, copies, named)
+        yield Built(_parts(model, config, dtype), trained, copies, batch_of(config), named)
 
 
 def user_axes(config: Config, facts: ModelFacts) -> dict[str, int]:
@@ -114,7 +116,7 @@ def distinct_axes(facts: ModelFacts) -> dict[str, int]:
 
 
 def batch_of(config: Config) -> type[Batch]:
-    """What the loader gives."""
+    """What the loader of this configuration gives: decoded clips, or cached ones."""
     return LatentBatch if config.data.latents else VideoBatch
 
 
@@ -147,7 +149,7 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     with cuda_rules(math=config.memory.attention == "math"):
         rehearsed.before()
         with rehearsed.step(), Strict():
-            failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts), batch_of(config))
+            failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts))
         if failed:
             return Rehearsal([*findings, *failed])
         findings += _without_gradient(built.trained)
@@ -171,23 +173,23 @@ def _hidden(built: Built) -> list[Finding]:
 _HIDDEN = "At the sizes of the configuration the step passes: two axes that are equally long there are mixed up."
 
 
-def _attempt(built: Built, axes: Axes, kind: type[Batch] = VideoBatch) -> list[Finding]:
+def _attempt(built: Built, axes: Axes) -> list[Finding]:
     """One step; on failure the same step again, watched, to say where it failed."""
     given: list[Finding] = []
     hook = built.parts.unet.register_forward_pre_hook(
         lambda _module, args, kwargs: given.extend(told_arguments(args, kwargs, axes)), prepend=True, with_kwargs=True
     )
     try:
-        _step(built, axes, kind)
+        _step(built, axes)
     except Exception as error:  # whatever the step raises here it would raise on the GPU
-        return told(error, built.parts, axes, lambda: _step(built, axes, kind, backward=False))
+        return told(error, built.parts, axes, lambda: _step(built, axes, backward=False))
     finally:
         hook.remove()
     return given[:1]
 
 
-def _step(built: Built, axes: Axes, kind: type[Batch], *, backward: bool = True) -> None:
-    batch, draws = fake_record(kind, axes), fake_record(Draws, axes)  # the loop has them until the step is over
+def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
+    batch, draws = fake_record(built.batch, axes), fake_record(Draws, axes)  # the loop has them until the step is over
     result = train_step(built.parts, batch, draws)
     # The step checks its own records; a check that was taken out must not take the proof along.
     for record in (result.encoded, result.unet_input, result.prediction, result):

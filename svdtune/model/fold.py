@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from svdtune.contracts import Mismatch
@@ -20,11 +19,11 @@ _BLOCKS = (BasicTransformerBlock, TemporalBasicTransformerBlock)
 
 def fold(unet: nn.Module) -> None:
     """Fold every cross-attention of `unet`, in place. Its forward then raises ContractError for a context of more than one token."""
-    for name, block in unet.named_modules():
-        attention: Any = block.attn2 if isinstance(block, _BLOCKS) else None
-        if attention is not None:
-            attention.set_processor(OneToken(f"{name}.attn2"))
-            block.norm2.forward = _as_it_is  # pyright: ignore[reportAttributeAccessIssue]
+    for name, module in unet.named_modules():
+        block: Any = module
+        if isinstance(module, _BLOCKS) and block.attn2 is not None:
+            block.attn2.set_processor(OneToken(f"{name}.attn2"))
+            block.norm2.forward = _as_it_is
 
 
 class OneToken:
@@ -33,11 +32,11 @@ class OneToken:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         """encoder_hidden_states (rows, 1, context) to (rows, 1, channels)."""
         if encoder_hidden_states.shape[1] != 1:
             raise _too_many(self.name, encoder_hidden_states.shape[1])
-        return attn.to_out[0](attn.to_v(encoder_hidden_states))  # pyright: ignore[reportOptionalSubscript]
+        return attn.to_out[0](attn.to_v(encoder_hidden_states))
 
 
 def _as_it_is(hidden_states: Tensor) -> Tensor:

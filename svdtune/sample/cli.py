@@ -197,9 +197,11 @@ def _load(subject: Subject, precision: str) -> StableVideoDiffusionPipeline:
 
 
 def _pipeline(model: ModelParts, dtype: torch.dtype, device: torch.device) -> StableVideoDiffusionPipeline:
+    from svdtune.model.attention import use_attention
     from svdtune.model.fold import fold
 
     fold(model.unet)
+    use_attention(model.unet, "auto")
     model.unet.to(device)  # pyright: ignore[reportArgumentType]
     model.vae.to(device)  # pyright: ignore[reportArgumentType]
     model.image_encoder.to(device, dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,9 +23,11 @@ from svdtune.engine import Sharding, set_aside, sharding, unfit
 from svdtune.errors import ConfigError, UsageError
 from svdtune.launch import check_world, cores, local_processes
 from svdtune.model.adapt import adapt
+from svdtune.model.attention import require_attention, use_attention
 from svdtune.model.fold import fold
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.recompute import recompute
+from svdtune.model.regions import compile_blocks, require_compiler
 from svdtune.model.source import weights_hash
 from svdtune.model.widen import require_learning
 from svdtune.trainer.optimizer import make_learning
@@ -112,15 +113,17 @@ def make_accelerator(config: Config) -> Accelerator:
 def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: Catalog) -> Session:
     """Load, adapt and wrap. Each error is the user's, from the module that found it."""
     dtype = DTYPES[config.train.precision]
+    require_attention(config.memory.attention, accelerator.device, dtype)
+    if config.train.compile:
+        require_compiler(accelerator.device)
     bridge = config.conditioning.bridge is not None
     model = load_model(config.model, bridge=bridge, seed=config.run.seed, only=networks_of(config))
-    trained = prepare_networks(model, config, on_accelerator=accelerator.device.type != "cpu")
+    on_accelerator = accelerator.device.type != "cpu"
+    trained = prepare_networks(model, config, on_accelerator=on_accelerator, compiled=config.train.compile)
     if model.widening:
         require_learning(model.widening, trained, config.adapt.method)
         if accelerator.is_main_process:
             print(*model.widening.said, sep="\n", file=sys.stderr)
-    if config.memory.attention == "xformers":
-        _use_xformers(model)
     for network in (model.vae,) if config.data.latents else (model.vae, model.image_encoder):
         network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
     shards = sharding() if torch.distributed.is_initialized() else None
@@ -167,33 +170,20 @@ def dismiss(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def _use_xformers(model: ModelParts) -> None:
-    """Raises ConfigError where the package or a GPU is missing.
+def prepare_networks(
+    model: ModelParts, config: Config, *, on_accelerator: bool, compiled: bool = False
+) -> dict[str, nn.Parameter]:
+    """Fold, attention, adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
 
-    Temporal attention stays torch's: it has a row for each latent position and head, xformers' kernels end at 65,535 of them, and
-    two clips at 576 x 1024, or one with guidance, have 92,160.
-    """
-    try:
-        model.unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"memory.attention: xformers cannot be used here ({reason}). Use memory.attention=sdpa."
-        ) from error
-    for name, module in model.unet.named_modules():
-        if isinstance(module, Attention) and "temporal_transformer_blocks" in name:
-            module.set_processor(AttnProcessor2_0())  # pyright: ignore[reportArgumentType]
-
-
-def prepare_networks(model: ModelParts, config: Config, *, on_accelerator: bool) -> dict[str, nn.Parameter]:
-    """Fold, adapters, dtypes, modes and recomputation, as training and its rehearsal need them; returns the trained parameters.
-
-    `on_accelerator` decides what memory.checkpointing=auto means.
+    `on_accelerator` decides what memory.checkpointing=auto means. Blocks are `compiled` for a real step alone.
     """
     dtype = DTYPES[config.train.precision]
     fold(model.unet)
+    use_attention(model.unet, config.memory.attention)
     held = TRAINED[config.memory.parameters]
     trained = adapt(model.unet, config.adapt, dtype=dtype, seed=config.run.seed, trained_dtype=held)
+    if compiled:
+        compile_blocks(model.unet)
     policy = config.memory.checkpointing
     recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
     model.unet.train()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +81,7 @@ def make_cache(config: Config, *, rank: int = 0, world: int = 1, device: str = "
     known = [_identified(config, video, _read_record(config, clip_name(video, config.data))) for video, _ in share]
     files = [_planned(config, settings, file, video, asked) for file, (video, asked) in zip(known, share, strict=True)]
     with Filling("clips to encode", shown=rank == 0) as filling:
-        made = _encode(config, folder, networks, [video for video, _ in share], files, filling, Encoder(config, device))
+        made = _encode(config, networks, [video for video, _ in share], files, filling, Encoder(config, device))
     index = assemble(config, wanted, settings)
     if index is None:
         return f"{made}; other processes still encode their share: the last one to end writes the index"
@@ -172,16 +172,12 @@ class _Windows:
 
 
 def _encode(
-    config: Config, folder: Path, networks: Mapping[str, str], videos: Sequence[VideoIndex], files: Sequence[CachedFile],
+    config: Config, networks: Mapping[str, str], videos: Sequence[VideoIndex], files: Sequence[CachedFile],
     filling: Filling, encoder: Encoder,
 ) -> str:  # fmt: skip
     """Decode and encode what is missing, write the record of each file when its last window is there; says how much."""
-    there, data, started = present(folder), config.data, time.perf_counter()
-    todo: dict[tuple[int, int], list[Entry]] = {}
-    for number, file in enumerate(files):
-        for entry in file.entries:
-            if entry.key not in there:
-                todo.setdefault((number, entry.start), []).append(entry)
+    data, started, folder = config.data, time.perf_counter(), Path(config.data.latents or "")
+    todo = _missing(files, present(folder))
     if data.workers and todo:
         require_shared_memory(data, 1)
     filling.begin(sum(map(len, todo.values())), sum(len(file.entries) for file in files))
@@ -192,22 +188,39 @@ def _encode(
     rejected: dict[tuple[int, int], str] = {}
     written = []
     for key, answer in zip(todo, answers(_Windows(data, videos), tuple(todo), data.workers), strict=True):
-        if "error" in answer and data.on_bad_clip == "error":
-            raise DataError(answer["error"])
         if "error" in answer:
-            rejected[key] = answer["error"]
+            rejected[key] = _passed_over(data, answer["error"])
         else:
-            for entry in todo[key]:
-                pixels = answer["pixels"].flip(-1) if entry.flip else answer["pixels"]
-                written.append(_write(entry_path(folder, entry.key), encoder(pixels)))
-        number = key[0]
-        left[number] -= 1
-        if not left[number]:
-            _record(config, networks, _with_rejected(files[number], number, rejected))
+            written += [_store(folder, entry, answer["pixels"], encoder) for entry in todo[key]]
+        left[key[0]] -= 1
+        if not left[key[0]]:
+            _record(config, networks, _with_rejected(files[key[0]], key[0], rejected))
         filling.advance(len(todo[key]))
-    seconds = time.perf_counter() - started
     left_out = f" ({len(rejected)} windows cannot be decoded)" if rejected else ""
-    return f"encoded {len(written)} clips{left_out}, {sum(written) / 1e6:,.1f} MB in {seconds:.1f} s"
+    return (
+        f"encoded {len(written)} clips{left_out}, {sum(written) / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
+    )
+
+
+def _missing(files: Sequence[CachedFile], there: Set[str]) -> dict[tuple[int, int], list[Entry]]:
+    """By file and first frame, the entries to write: both ways round of one window are decoded once."""
+    todo: dict[tuple[int, int], list[Entry]] = {}
+    for number, file in enumerate(files):
+        for entry in file.entries:
+            if entry.key not in there:
+                todo.setdefault((number, entry.start), []).append(entry)
+    return todo
+
+
+def _passed_over(data: Data, reason: str) -> str:
+    if data.on_bad_clip == "error":
+        raise DataError(reason)
+    return reason
+
+
+def _store(folder: Path, entry: Entry, pixels: Tensor, encoder: Encoder) -> int:
+    """Encode one clip and write its entry; returns the bytes."""
+    return _write(entry_path(folder, entry.key), encoder(pixels.flip(-1) if entry.flip else pixels))
 
 
 def _with_rejected(file: CachedFile, number: int, rejected: Mapping[tuple[int, int], str]) -> CachedFile:

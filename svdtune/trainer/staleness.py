@@ -22,9 +22,7 @@ def require_cache(config: Config, *, hashes: bool = True) -> tuple[Index, Catalo
     told = other_networks(config, index) if hashes else []
     told += stale(config, index, catalog)
     if told:
-        raise DataError(
-            "\n  ".join([f"data.latents: the cache {config.data.latents} does not fit:", *told]) + f"\n  {RUN}"
-        )
+        raise DataError(f"data.latents: the cache {config.data.latents} does not fit ({'; '.join(told)}). {RUN}")
     return index, catalog
 
 
@@ -38,4 +36,4 @@ def other_networks(config: Config, index: Index) -> list[str]:
     """Frozen networks whose weights are not those that encoded, one line each."""
     source = model_source(config.model)
     now = {part: weights_hash(source, part, config.model.variant) for part in NETWORKS}
-    return [f"{line} (sha256 of the weights in model.pretrained)" for line in differences(index.settings, now)]
+    return [f"sha256 of the weights: {line}" for line in differences(index.settings, now)]

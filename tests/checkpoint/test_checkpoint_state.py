@@ -255,6 +255,19 @@ def test_another_dtype_is_an_error(tmp_path):
         state.load_trained(tmp_path, {"p": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))})
 
 
+def test_bfloat16_goes_into_float32_where_it_loses_nothing(tmp_path):
+    """As sampling loads what memory.parameters=bf16 trained; float16 is nothing that training writes."""
+    saved = torch.randn(50).bfloat16()
+    state.save_trained(tmp_path, {"p": nn.Parameter(saved)}, lora=False)
+    parameter = nn.Parameter(torch.zeros(50))
+    state.load_trained(tmp_path, {"p": parameter})
+    assert parameter.dtype == torch.float32
+    assert torch.equal(parameter.detach(), saved.float())
+    state.save_trained(tmp_path, {"p": nn.Parameter(saved.half())}, lora=False)
+    with pytest.raises(CheckpointError, match=r"p was saved as torch.float16"):
+        state.load_trained(tmp_path, {"p": parameter})
+
+
 def test_missing_and_foreign_files_are_named(tmp_path):
     training = Training()
     with pytest.raises(CheckpointError, match=r"unet\.safetensors: expected a safetensors file, got none"):

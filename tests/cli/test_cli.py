@@ -54,6 +54,7 @@ VERBS = [
     ["train"],
     ["preflight"],
     ["explain"],
+    ["cache"],
     ["trace"],
     ["inspect"],
     ["sample"],
@@ -110,7 +111,9 @@ def test_usage_errors_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert "No such command 'trian'" in err
     code, _, err = here(capsys, "config", "schema", "--", "--num_processes", "2")
     assert code == 2
-    assert err.startswith("error: arguments after -- go to accelerate launch, which only `svdtune train` uses")
+    assert err.startswith(
+        "error: arguments after -- go to accelerate launch, which only `svdtune train` and `svdtune cache` use"
+    )
 
 
 def test_colour_needs_a_terminal(tmp_path: Path) -> None:

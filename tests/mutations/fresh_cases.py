@@ -289,7 +289,7 @@ def _sound(name: str, apply: Callable[[Sandbox], None]) -> Sound:
 
 
 def _narrow(box: Sandbox) -> None:
-    """decord, which `auto` prefers, has no buffer of this width."""
+    """decord has no buffer of this width."""
     from svdtune.data.demo import write_demo
 
     for path in box.videos:

@@ -6,12 +6,10 @@ is a copy that a GPU would wait for; on a GPU by torch's own debug mode.
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +17,7 @@ from svdtune.config.load import load_config
 from svdtune.contracts import Draws, VideoBatch, move, specs
 from svdtune.model.adapt import adapt
 from svdtune.model.load import fake_model, known_configs, load_model
-from svdtune.trainer.build import _use_xformers, clip_pixels, prepare_networks
+from svdtune.trainer.build import clip_pixels, prepare_networks
 from svdtune.trainer.step import Parts, train_step
 from tests.trainer.conftest import REPO
 
@@ -97,8 +95,6 @@ def bf16_gradients(attention, device):
     config = load_config(REPO / "configs/tiny.yaml", ["train.precision=bf16", f"memory.attention={attention}"])
     model = load_model(config.model)
     trained = prepare_networks(model, config, on_accelerator=False)
-    if attention == "xformers":
-        _use_xformers(model)
     for network in (model.unet, model.vae, model.image_encoder):
         network.to(device)
     parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, torch.bfloat16, 4)
@@ -112,23 +108,14 @@ def bf16_gradients(attention, device):
     return float(loss.detach()), torch.cat([parameter.grad.float().flatten().cpu() for parameter in trained.values()])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("xformers"), reason="needs a GPU and xformers")
-def test_xformers_equals_sdpa_within_bf16():
-    sdpa, xformers = (bf16_gradients(attention, torch.device("cuda")) for attention in ("sdpa", "xformers"))
-    distance = (sdpa[1] - xformers[1]).norm() / sdpa[1].norm()
-    print(f"loss {sdpa[0]:.6f} and {xformers[0]:.6f}, gradients apart by {distance:.2e} of their norm")
-    assert xformers[0] == pytest.approx(sdpa[0], rel=1e-2)
-    assert not torch.equal(sdpa[1], xformers[1])  # it was another kernel
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["auto", "flash", "cudnn", "xformers"])
+def test_each_attention_equals_plain_products_within_bf16(kernel):
+    if kernel == "xformers" and not find_spec("xformers"):
+        pytest.skip("needs xformers")
+    plain, other = (bf16_gradients(attention, torch.device("cuda")) for attention in ("math", kernel))
+    distance = (plain[1] - other[1]).norm() / plain[1].norm()
+    print(f"loss {plain[0]:.6f} and {other[0]:.6f}, gradients apart by {distance:.2e} of their norm")
+    assert other[0] == pytest.approx(plain[0], rel=1e-2)
+    assert not torch.equal(plain[1], other[1])  # it was another kernel
     assert distance < 2e-2
-
-
-def test_xformers_is_for_the_spatial_layers(monkeypatch):
-    """Its kernels take 65,535 rows; temporal attention has one for each latent position and head."""
-    model = load_model(load_config(REPO / "configs/tiny.yaml", []).model)
-    everywhere = partial(model.unet.set_attn_processor, XFormersAttnProcessor())  # diffusers' own asks for a GPU
-    monkeypatch.setattr(model.unet, "enable_xformers_memory_efficient_attention", everywhere)
-    _use_xformers(model)
-    used = {name: type(p).__name__ for name, p in model.unet.attn_processors.items()}
-    temporal = {kind for name, kind in used.items() if "temporal_transformer_blocks" in name}
-    spatial = {kind for name, kind in used.items() if "temporal_transformer_blocks" not in name}
-    assert (temporal, spatial) == ({"AttnProcessor2_0"}, {"XFormersAttnProcessor"})

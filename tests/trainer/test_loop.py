@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 from svdtune.config.load import load_config, resolved_yaml
 from svdtune.data.catalog import scan
@@ -347,6 +349,49 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_new_start(session):
         CheckpointError, match=r"(?s)no checkpoint of this run can be used.*step-00000001.*set another run\.name"
     ):
         state.resume(session("train.steps=2"), "{}")
+
+
+BF16 = ["train.precision=bf16", "memory.parameters=bf16", "train.lr=1e-3", "train.steps=4", "checkpoint.interval=2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["train.optimizer=adamw8bit", "train.ema=true", "memory.ema_on_cpu=true"], ["adapt.method=temporal_attention"]],
+)
+def test_bfloat16_parameters_go_on_to_the_bit(session, options):
+    made = session(*BF16, *options)
+    assert {parameter.dtype for parameter in made.trained.values()} == {torch.bfloat16}
+    train(made)
+    last = made.folder.checkpoints / "step-00000004"
+    files = ["lora.safetensors", "ema.safetensors", "optimizer.safetensors", "unet.safetensors"]
+    whole = {name: load_file(last / name) for name in files if (last / name).exists()}
+    shutil.rmtree(last)
+    resumed = session(*BF16, *options)
+    position, _ = state.resume(resumed, resolved_yaml(resumed.config))
+    assert position.step == 2
+    loop.run_loop(resumed, position, resolved_yaml(resumed.config), StopWish(), Watch())
+    for name, tensors in whole.items():
+        again = load_file(last / name)
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[key], tensors[key]) for key in tensors), name
+    kinds = {str(tensor.dtype) for tensor in whole.get("ema.safetensors", {}).values()}
+    assert kinds <= {"torch.float32"}
+
+
+def test_a_checkpoint_of_the_other_parameters_is_refused_with_the_key(session):
+    train(session("train.precision=bf16", "train.steps=1"))
+    other = session(*BF16)
+    with pytest.raises(
+        CheckpointError, match=r"saved as torch\.float32, this run holds it as torch\.bfloat16: .*memory\.parameters"
+    ):
+        state.resume(other, resolved_yaml(other.config))
+    shutil.rmtree(other.folder.checkpoints)
+    train(session(*BF16, "train.steps=1"))
+    other = session("train.precision=bf16")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer RoundingAdamW, this config uses AdamW\. Resume needs .*memory\.parameters"
+    ):
+        state.resume(other, resolved_yaml(other.config))
 
 
 def test_ema_turned_on_for_a_resume_starts_from_the_weights(session):

@@ -248,7 +248,7 @@ def _starved(seen: Seen, pace: Pace) -> list[Finding]:
         f"{seconds / _PACE:.3g} s a step, {max(pace.waited):.3g} s at most",
         f"at most {_STARVED:.0%}; none where the loader keeps up",
         "The GPU is idle while no clip is ready.",
-        "Raise data.workers while cores are free; install decord and leave data.decoder=auto; re-encode the files near data.height x "
+        "Raise data.workers while cores are free; leave data.decoder=auto; re-encode the files near data.height x "
         "data.width; put data.root on a local disk.")]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.config.load import with_overrides
-from svdtune.contracts import Draws, Encoded, StepResult, VideoBatch
+from svdtune.contracts import Batch, Draws, Encoded, StepResult, VideoBatch
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.state import Position
@@ -41,7 +41,7 @@ class Heard:
 class Observed:
     """One step of training."""
 
-    batch: VideoBatch
+    batch: Batch
     draws: Draws
     result: StepResult
     heard: Heard
@@ -51,7 +51,7 @@ class Observed:
     """What the first layer of each network computed in: `unet`, `vae`, `image_encoder`."""
 
 
-def observe(parts: Parts, batch: VideoBatch, draws: Draws) -> Observed:
+def observe(parts: Parts, batch: Batch, draws: Draws) -> Observed:
     """Run `train_step` once without keeping the UNet's activations; its answer is the leaf that the loss is differentiated by.
 
     `parts.unet` is the unwrapped network.
@@ -69,12 +69,16 @@ def aside(session: Session, *overrides: str) -> Session:
 
 
 def single_clips(session: Session, count: int) -> list[VideoBatch]:
-    """The run's first clips, one in each batch, however few its own steps would read."""
-    alone = aside(session, "train.batch_size=1", f"train.steps={session.config.train.steps + count}")
-    return list(islice(loop.loader_from(alone, Position()), count))
+    """The run's first clips, decoded, one in each batch, however few its own steps would read; none where the videos are elsewhere."""
+    if not session.catalog.train:
+        return []
+    alone = aside(
+        session, "data.latents=null", "train.batch_size=1", f"train.steps={session.config.train.steps + count}"
+    )
+    return [batch for batch in islice(loop.loader_from(alone, Position()), count) if isinstance(batch, VideoBatch)]
 
 
-def condition(parts: Parts, encoded: Encoded, batch: VideoBatch, draws: Draws) -> StepResult:
+def condition(parts: Parts, encoded: Encoded, batch: Batch, draws: Draws) -> StepResult:
     """The real `denoise` around a network that answers zeros: for what does not depend on the UNet."""
 
     def silent(sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:

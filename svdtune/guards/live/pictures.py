@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from torch import Tensor
 
-from svdtune.contracts import Draws, Encoded, VideoBatch
+from svdtune.contracts import Batch, Draws, Encoded, LatentBatch
 from svdtune.guards.live.observe import Observed
 from svdtune.guards.live.relations import OFF_NETWORK, Relation, like
 from svdtune.model.load import ModelParts
@@ -41,6 +41,9 @@ def numbers(model: ModelParts) -> Numbers:
 
 def of_networks(seen: Observed, own: Numbers) -> Iterator[Relation]:
     """What the VAE and the CLIP tower were given, and what was made of their answers."""
+    if isinstance(seen.batch, LatentBatch):
+        yield from _of_cached(seen, seen.batch, own)
+        return
     pixels, draws, heard = seen.batch.pixels, seen.draws, seen.heard
     b, t = pixels.shape[:2]
     given, moments = _all(heard.vae_pixels, pixels), _all(heard.vae_moments, pixels)
@@ -50,12 +53,26 @@ def of_networks(seen: Observed, own: Numbers) -> Iterator[Relation]:
     yield _condition_pixels(given[b * t :], pixels, noisy, draws)
     if len(moments) == b * (t + 1):
         yield from _latents(seen.result.encoded, moments, draws, own)
-    yield from _tower(seen, own, noisy)
+    yield from _tower(seen, seen.batch.pixels, own, noisy)
 
 
-def of_encoding(parts: Parts, batch: VideoBatch, draws: Draws, own: Numbers) -> Iterator[Relation]:
+def _of_cached(seen: Observed, batch: LatentBatch, own: Numbers) -> Iterator[Relation]:
+    """With cached clips the VAE is given the noised first frame alone, and the CLIP tower nothing."""
+    draws, heard, encoded = seen.draws, seen.heard, seen.result.encoded
+    first = batch.first_frame.float()[:, None]
+    noisy = first[:, 0] + like(draws.noise_aug_strength, first[:, 0]) * draws.pixel_noise
+    yield _condition_pixels(_all(heard.vae_pixels, first), first, noisy, draws)
+    pairs = zip(batch.latents_mean.float().flatten(0, 1), batch.latents_std.float().flatten(0, 1), strict=True)
+    cached = [torch.cat([mean, 2 * std.clamp_min(1e-8).log()]) for mean, std in pairs]
+    yield from _latents(encoded, torch.cat([torch.stack(cached), _all(heard.vae_moments, first)]), draws, own)
+    yield Relation("SEM512", "Encoded.image_embeds", encoded.image_embeds, batch.image_embeds, "the cached embedding of each clip",
+                   "SVD's cross-attention was trained on the embedding of the clip's own first frame.",
+                   lambda: [("of the clips in another order", batch.image_embeds.flip(0))])  # fmt: skip
+
+
+def of_encoding(parts: Parts, batch: Batch, draws: Draws, own: Numbers) -> Iterator[Relation]:
     """The real `encode` on the first two frames, without noise: the slope of target on condition, and what it must not depend on."""
-    two = replace(batch, pixels=batch.pixels[:, :2].contiguous())
+    two = of_frames(batch, 2)
     quiet = replace(
         draws, noise_aug_strength=draws.noise_aug_strength * 0, posterior_noise=draws.posterior_noise[:, :2] * 0, noise=draws.noise[:, :2]
     )  # fmt: skip
@@ -76,10 +93,21 @@ def of_encoding(parts: Parts, batch: VideoBatch, draws: Draws, own: Numbers) -> 
         yield Relation(
             code, f"Encoded.{name} where it is dropped", empty, kept, "as where it is kept", why, off=OFF_NETWORK
         )
+    if isinstance(two, LatentBatch):
+        return  # the embedding is the cached one
     mirrored = encode(parts, replace(two, pixels=two.pixels.flip(-1) * 0.5), quiet)
     same = torch.tensor([float(torch.equal(encoded.image_embeds, mirrored.image_embeds))])
     yield Relation("SEM512", "Encoded.image_embeds of another picture", same, same * 0, "another embedding", "Each clip has its own token.",
                    lambda: [("the same as of the first picture", same)])  # fmt: skip
+
+
+def of_frames(batch: Batch, count: int) -> Batch:
+    """The first frames of each clip."""
+    if isinstance(batch, LatentBatch):
+        return replace(
+            batch, **{name: getattr(batch, name)[:, :count].contiguous() for name in ("latents_mean", "latents_std")}
+        )
+    return replace(batch, pixels=batch.pixels[:, :count].contiguous())
 
 
 def _all(parts: list[Tensor], pixels: Tensor) -> Tensor:
@@ -130,9 +158,9 @@ def _latents(encoded: Encoded, moments: Tensor, draws: Draws, own: Numbers) -> I
     )  # fmt: skip
 
 
-def _tower(seen: Observed, own: Numbers, noisy: Tensor) -> Iterator[Relation]:
+def _tower(seen: Observed, pixels: Tensor, own: Numbers, noisy: Tensor) -> Iterator[Relation]:
     """What the CLIP tower sees, by the pipeline's own resize."""
-    pixels, heard = seen.batch.pixels, seen.heard
+    heard = seen.heard
     mean, std = (pixels.new_tensor(values).reshape(1, -1, 1, 1) for values in (own.mean, own.std))
 
     def unit(picture: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdtune.contracts import Draws, VideoBatch, move
+from svdtune.contracts import Batch, Draws, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.observe import Observed, aside, hooks
+from svdtune.model.regions import uncompiled
 from svdtune.trainer import loop
 from svdtune.trainer.build import Session
 from svdtune.trainer.sharding import gathered
@@ -92,7 +93,7 @@ def _culprit_of(session: Session, position: Position) -> Culprit | None:
     return None
 
 
-def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float = 1.0) -> Culprit | None:
+def first_not_finite(parts: Parts, batch: Batch, draws: Draws, scale: float = 1.0) -> Culprit | None:
     """Run the step once more, forward and backward, each module watched; None when all is finite now.
 
     `parts.unet` is the unwrapped network; `scale` multiplies the loss. Gradients that this leaves are removed.
@@ -102,7 +103,7 @@ def first_not_finite(parts: Parts, batch: VideoBatch, draws: Draws, scale: float
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
                 return Culprit(f"{type(record).__name__}.{name}", "output", ", before any network")
     found: list[Culprit] = []
-    with hooks() as add:
+    with hooks() as add, uncompiled(parts.unet):
         for part in ("vae", "image_encoder", "unet"):
             for name, module in getattr(parts, part).named_modules():
                 add(module.register_forward_hook(_watch(f"{part}.{name}" if name else part, found)))

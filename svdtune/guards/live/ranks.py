@@ -212,7 +212,9 @@ def _described(session: Session) -> dict[str, str]:
 
 
 def _held(session: Session) -> dict[str, Tensor]:
-    networks: dict[str, Any] = {name: getattr(session.model, name) for name in ("unet", "vae", "image_encoder")}
+    # With cached clips the CLIP tower takes no part, and is on the CPU or has no weights.
+    names = ("unet", "vae") if session.config.data.latents else ("unet", "vae", "image_encoder")
+    networks: dict[str, Any] = {name: getattr(session.model, name) for name in names}
     return {
         f"{network}.{name}": tensor
         for network, module in networks.items()

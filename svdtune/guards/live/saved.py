@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdtune.checkpoint import state as disk
 from svdtune.checkpoint.tensors import local, whole
 from svdtune.config.load import resolved_yaml
-from svdtune.contracts import Draws, VideoBatch, move
+from svdtune.contracts import Batch, Draws, LatentBatch, move
 from svdtune.diffusion.draws import draws_for
 from svdtune.guards.findings import Finding
 from svdtune.guards.live.learning import STEPS, of_set
@@ -105,12 +105,9 @@ def recomputed(session: Session, position: Position) -> list[Finding]:
         return []
     batch = next(loop.loader_from(session, position))
     side = session.parts.facts.f * 2 ** (len(session.model.configs.unet["block_out_channels"]) - 1)
-    batch = replace(
-        batch,
-        pixels=batch.pixels[:1, :2, :, :side, :side].contiguous(),
-        **{n: getattr(batch, n)[:1] for n in ("fps", "motion_bucket", "sample", "names")},
-    )
-    if batch.pixels.shape[3] != side or batch.pixels.shape[4] != side:
+    batch = _corner(batch, side, side // session.parts.facts.f)
+    axes = batch.axes(session.parts.facts)
+    if axes["h"] != side or axes["w"] != side:
         return []  # smaller than the UNet's deepest level
     draws = draws_for(batch, session.parts.facts, session.config)
     device = session.accelerator.device
@@ -128,9 +125,20 @@ def recomputed(session: Session, position: Position) -> list[Finding]:
     return of_set("SEM567", wrong, got, "the same gradients", why)
 
 
-def _norms(session: Session, batch: VideoBatch, draws: Draws) -> dict[str, float]:
+def _corner(batch: Batch, side: int, latent_side: int) -> Batch:
+    """Two frames of the first clip, `side` pixels wide and high."""
+    one: dict[str, Any] = {name: getattr(batch, name)[:1] for name in ("fps", "motion_bucket", "sample", "names")}
+    if not isinstance(batch, LatentBatch):
+        return replace(batch, pixels=batch.pixels[:1, :2, :, :side, :side].contiguous(), **one)
+    for name in ("latents_mean", "latents_std"):
+        one[name] = getattr(batch, name)[:1, :2, :, :latent_side, :latent_side].contiguous()
+    first_frame = batch.first_frame[:1, :, :side, :side].contiguous()
+    return replace(batch, first_frame=first_frame, image_embeds=batch.image_embeds[:1], **one)
+
+
+def _norms(session: Session, batch: Batch, draws: Draws) -> dict[str, float]:
     """Norm of each trained parameter's gradient."""
-    with torch.random.fork_rng([batch.pixels.device] if batch.pixels.is_cuda else []):
+    with torch.random.fork_rng([batch.fps.device] if batch.fps.is_cuda else []):
         torch.manual_seed(0)
         train_step(replace(session.parts, unet=session.model.unet), batch, draws).loss.backward()
     there = {name: parameter.grad for name, parameter in session.trained.items() if parameter.grad is not None}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from svdtune.checkpoint.tensors import local
-from svdtune.contracts import VideoBatch
+from svdtune.contracts import Batch
 from svdtune.guards.findings import Finding
 from svdtune.guards.live import learning, updates
 from svdtune.guards.live.learning import STEPS, Before
@@ -112,7 +112,7 @@ def one_backward(session: Session, position: Position, after_backward: Callable[
 
 
 def _watched_backward(
-    session: Session, position: Position, batches: Iterator[VideoBatch]
+    session: Session, position: Position, batches: Iterator[Batch]
 ) -> tuple[Accumulated, list[Finding]]:
     """The micro-steps of one update, and what their gradients are like."""
     with learning.slopes(session) as slopes, learning.sums(session) as sums:

@@ -144,7 +144,7 @@ def check_averages(session: Session, first: dict[str, Tensor]) -> Iterator[Findi
     averages = dict(zip(session.trained, session.ema.shadow_params, strict=True))
     for name, p1 in first.items():
         now, average = local(session.trained[name]).float(), local(averages[name]).to(p1.device)
-        due = decay * p1 + (1 - decay) * now
+        due = decay * p1.float() + (1 - decay) * now
         if _far(average, due, at_least=float((now - p1).abs().max())):
             got = f"an average that is off by up to {float((average - due).abs().max()):.2g}"
             why = "The averages are what is sampled and exported."

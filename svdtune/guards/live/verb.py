@@ -44,7 +44,7 @@ def probed(config: Config) -> tuple[str, Report]:
             return probe(replace(session.parts, unet=session.model.unet), batches, config, draws=_DRAWS)
 
     started = time.perf_counter()
-    rows = built(config, ask)
+    rows = built(with_overrides(config, ["data.latents=null"]), ask)
     stage = Stage("probe", round(time.perf_counter() - started, 3), "ok")
     return render_rows(rows), Report([stage], as_findings(rows), measured={"probe": [asdict(row) for row in rows]})
 

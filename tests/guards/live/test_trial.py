@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from svdtune.guards.live.prove import prove
 from svdtune.guards.live.updates import rate
+from svdtune.trainer import adamw
 from svdtune.trainer.optimizer import make_optimizer, make_schedule
 from svdtune.trainer.state import Position
 
@@ -28,6 +29,30 @@ def test_a_loss_scale_is_no_fault_and_comes_back(session, scale):
     assert [stage.status for stage in proof.stages] == ["ok", "ok"]
     assert scaler.get_scale() == scale
     assert all(torch.equal(parameter, weights[name]) for name, parameter in made.trained.items())
+
+
+BF16 = (
+    "train.precision=bf16",
+    "memory.parameters=bf16",
+    "adapt.method=temporal_attention",
+    "train.lr=1e-5",
+    "train.ema=true",
+)
+
+
+@pytest.mark.parametrize(
+    "options", [("train.accumulation=2",), ("train.optimizer=adamw8bit", "memory.ema_on_cpu=true")]
+)
+def test_bfloat16_parameters_are_no_fault(session, options):
+    assert prove(session(*BF16, *options), Position()).findings == []
+
+
+def test_bfloat16_parameters_rounded_to_nearest_are_told(session, monkeypatch):
+    """The optimizer is ours, and chance is taken out of it: at 1e-5 next to nothing moves."""
+    monkeypatch.setattr(adamw, "round_by_chance", lambda x, _chance: x.to(torch.bfloat16))
+    codes = {finding.code: finding for finding in prove(session(*BF16), Position()).findings}
+    assert codes.keys() == {"NUM605"}
+    assert "stay where they are in 2 updates at train.lr=1e-05" in codes["NUM605"].got
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
