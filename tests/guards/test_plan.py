@@ -197,7 +197,7 @@ def test_the_verb_prints_rows_and_writes_the_pick(tmp_path, capsys, monkeypatch)
     source, target = tmp_path / "a.yaml", tmp_path / "b.yaml"
     source.write_text(TINY.read_text())
     monkeypatch.setattr("svdtune.guards.plan_verb.sizes", lambda _: [])
-    monkeypatch.setattr("svdtune.guards.plan._LEVELS", ("none", "units"))
+    monkeypatch.setattr("svdtune.guards.plan._LEVELS", (("none", False), ("units", False)))
     plan_verb(source, [], gpu="2GiB", apply=target, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["pick"]["changes"] == ["memory.checkpointing=none"]
