@@ -87,6 +87,7 @@ class Planner:
     def exact(self) -> Iterator[Changes]:
         """Settings of `memory` that change no number, from the fastest to the one that needs least."""
         memory, ema = self.config.memory, self.config.train.ema
+        change: Changes = ()
         for level, offload in _LEVELS:
             own = memory.checkpointing == level or (memory.checkpointing == "auto" and level == "units")
             change = () if own else (f"memory.checkpointing={level}",)
