@@ -98,6 +98,13 @@ class Planner:
         if memory.vae_chunk > 1:  # where encoder or decoder is the peak
             yield (*change, *(("memory.ema_on_cpu=true",) if ema else ()), "memory.vae_chunk=1")
 
+    def one_by_one(self) -> Iterator[Changes]:
+        """One clip at a time, with as many clips per update."""
+        train = self.config.train
+        if train.batch_size > 1:
+            split = "train.batch_size=1", f"train.accumulation={train.accumulation * train.batch_size}"
+            yield from ((*changes, *split) for changes in self.exact())
+
     def rounded(self) -> Iterator[Changes]:
         """The same with bf16 parameters, where that is a change."""
         if self.config.memory.parameters == "fp32":
@@ -110,14 +117,19 @@ class Planner:
             rounded = list(self.rounded()) or list(self.exact())
             yield from ((*changes, _EIGHT) for changes in rounded)
 
-    def pick(self, *, eight: bool = False, below: int | None = None) -> Row | None:
+    def pick(self, *, beyond: bool = False, below: int | None = None) -> Row | None:
         """The fastest that fits: one that changes no number if there is one; None where nothing fits or no device is named.
 
-        `below`: only with a peak of fewer bytes.
+        `beyond`: with options of `train` too, which memory.plan=auto leaves alone. `below`: only with a peak of fewer bytes.
         """
         if self.capacity is None:
             return None
-        groups = [self.exact(), self.rounded(), *([self.eight()] if eight else [])]
+        groups = [
+            self.exact(),
+            *([self.one_by_one()] if beyond else []),
+            self.rounded(),
+            *([self.eight()] if beyond else []),
+        ]
         for group in groups:
             for changes in group:
                 row = self.tried(changes)

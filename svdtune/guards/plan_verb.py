@@ -28,7 +28,7 @@ def plan_verb(path: Path, overrides: Sequence[str], *, gpu: str | None, apply: P
     now = planner.row()
     if not as_json:
         print(summary(now, capacity), flush=True)
-    pick = planner.pick(eight=True)
+    pick = planner.pick(beyond=True)
     rows = []
     for row in table(planner, now, pick):
         rows.append(row)

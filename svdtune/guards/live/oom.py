@@ -54,7 +54,7 @@ def _next_that_fits(config: Config, factor: float, total: int) -> tuple[str, tup
     """Only changes that need less than what has just failed."""
     planner = Planner(config, total, factor)
     failed = planner.row().needed.peak
-    row = planner.pick(eight=True, below=failed)
+    row = planner.pick(beyond=True, below=failed)
     if row is None:
         fewer = "fewer frames (data.num_frames), smaller ones (data.height, data.width)"
         return f"No setting was found that fits: take {fewer}, or a larger card.", ()

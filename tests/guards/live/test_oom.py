@@ -24,14 +24,17 @@ def test_predicted_measured_and_the_next_setting_that_fits(small, monkeypatch):
     config = small("adapt.method=full", "data.num_frames=8", "data.height=128", "data.width=192", "train.batch_size=4")
     planned = rehearse(config).needed
     assert planned is not None
-    card(monkeypatch, 0.9 * planned.peak / GIB, 0.8 * planned.peak / GIB)
+    card(monkeypatch, 0.9 * planned.peak / GIB + 0.5, 0.8 * planned.peak / GIB)  # the driver has half a GiB
     found = out_of_memory(config, ERROR, torch.device("cpu"))
     assert (found.code, found.severity, found.where) == ("MEM703", "error", "memory")
     assert "GiB; CUDA out of memory. Tried to allocate 282.00 MiB" in found.got
     assert "documentation" not in found.got
-    assert "as preflight estimated" in found.expected
-    assert found.patch in (("memory.checkpointing=nested",), ("train.batch_size=1", "train.accumulation=4"))
-    assert found.fix.startswith(f"Set {' '.join(found.patch)}: about ")
+    assert "as preflight predicted" in found.expected
+    assert found.why.startswith("The prediction was above the card already: its peak is in ")
+    assert found.patch
+    assert {change.partition("=")[0] for change in found.patch} <= {"memory.checkpointing", "memory.offload", "memory.vae_chunk",
+                                                                     "train.batch_size", "train.accumulation"}  # fmt: skip
+    assert found.fix.startswith(f"Set {' '.join(found.patch)}: ")
 
 
 def test_nothing_that_fits_is_said_so(small, monkeypatch):
