@@ -112,7 +112,7 @@ def steps(config: Config, device: torch.device, count: int) -> dict[str, Any]:
     """Seconds and GiB of an update on a clip that is encoded in it, and on the same clip from the cache."""
     model = with_random_weights(config, device)
     trained = prepare_networks(model, config, on_accelerator=device.type != "cpu")
-    model.unet.to(device)
+    model.unet.to(device)  # pyright: ignore[reportArgumentType]
     learning = make_learning(config.train, trained, device)
     parts = Parts(model.unet, model.vae, model.image_encoder, clip_pixels(model), model.facts, DTYPES[config.train.precision],
                   config.memory.vae_chunk)  # fmt: skip
