@@ -49,6 +49,13 @@ Examples:
   svdtune preflight --only env                         versions and devices, for a bug report
 """
 
+_PLAN_EXAMPLES = """\b
+Examples:
+  svdtune plan configs/svd_xt_lora.yaml --gpu 24GiB
+  svdtune plan configs/svd_xt_full.yaml --gpu 40GiB --apply planned.yaml
+  svdtune plan configs/svd_xt_lora.yaml data.num_frames=14 --json
+"""
+
 _TRACE_EXAMPLES = """\b
 Examples:
   svdtune trace model.py:Net --input 2,1,28,28
@@ -161,6 +168,7 @@ def train(
     if not preflight_only:
         launch.join_world(sys.argv[1:])
     with _explained(loaded):
+        loaded = _planned(loaded)
         if preflight_only:
             _require_preflight(loaded)
             return
@@ -212,6 +220,25 @@ def cache(config: ConfigPath, overrides: Overrides = None) -> None:
         from svdtune.trainer.caching import run_cache
 
         print(run_cache(loaded))
+
+
+@app.command(epilog=_PLAN_EXAMPLES)
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="24GiB", help="Memory of the GPU that the run is for; default: this machine's."),
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(metavar="OUT.yaml", help="Write CONFIG with the settings picked, comments kept.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a run needs of a GPU, and the fastest settings that fit: no weights, no GPU."""
+    from svdtune.guards.plan_verb import plan_verb
+
+    plan_verb(config, overrides or (), gpu=gpu, apply=apply, as_json=as_json)
 
 
 @app.command(epilog=_TRACE_EXAMPLES)
@@ -437,6 +464,18 @@ def main() -> None:
         if stop.code == _INTERRUPTED:
             _print_interrupted()
         raise
+
+
+def _planned(config: Config) -> Config:
+    """What memory.plan=auto picks on this machine; every rank finds the same, and the first says it."""
+    if config.memory.plan is None:
+        return config
+    from svdtune.guards.plan_verb import planned
+
+    config, told = planned(config)
+    if launch.rank() == 0:
+        print(told, file=sys.stderr)
+    return config
 
 
 def _require_preflight(config: Config) -> Any:

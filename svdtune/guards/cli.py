@@ -47,6 +47,11 @@ def preflight_verb(
     except ConfigError as error:
         report, config, code = _unreadable(path, overrides, error, options), None, ConfigError.exit_code
     else:
+        if config is not None and config.memory.plan is not None:
+            from svdtune.guards.plan_verb import planned
+
+            config, told = planned(config, options.device_bytes)
+            print(told, file=sys.stderr)
         report = _checked(config, options, table_to=sys.stderr if as_json else sys.stdout)
         code = 0 if report.ok else PreflightError.exit_code
     _show(report, only=only, as_json=as_json, stages=options.on_stage is None)

@@ -1,62 +1,25 @@
-"""How much memory a run needs: the peak of all storages alive in the rehearsed step, beside what stays for the whole run.
-
-A first estimate: fake tensors have the sizes of real ones, the allocator's rounding and the kernels' workspaces are not seen.
-"""
+"""How much memory a run needs, from the recorded step (`plan_step.py`), and whether the device has it."""
 
 from __future__ import annotations
 
 import shutil
-import weakref
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.schema import Config
-from svdtune.engine import BLOCKS
 from svdtune.guards.findings import Finding
+from svdtune.trainer.optimizer import state_bytes
+
+if TYPE_CHECKING:
+    from svdtune.guards.plan_step import Recording
 
 GIB = 2**30
-_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
-"""Bytes of optimizer state per trained parameter; adafactor keeps a row and a column per matrix, next to nothing."""
-
-
-ASKS_DEVICE = torch.ops.prim.device.default
-"""Autograd and autocast ask it of every fake tensor, twice as often as they compute: answered at once, it costs nothing."""
-
-
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages that operators made and that are still alive; `peak` is the most there ever was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ASKS_DEVICE:
-            return args[0].device
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        return result
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if (key := storage._cdata) in self._seen:
-            return
-        self.live += (size := storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        self._seen[key] = weakref.ref(storage, lambda _gone: self._free(key, size))
-
-    def _free(self, key: int, size: int) -> None:
-        del self._seen[key]
-        self.live -= size
+CONTEXT = GIB // 2
+"""What the driver keeps of a card for a process, before any tensor."""
+_PARAMETER_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -68,44 +31,65 @@ class Estimate:
     optimizer: int
     """Optimizer state and moving average."""
     step: int
-    """Peak of activations, gradients and everything else the step makes."""
+    """What the peak has beside them: activations, gradients and everything else a step or a sample video makes."""
     trained_parameters: int
+    held: int = 0
+    """The peak with what the caching allocator takes and does not use; 0: not known."""
+    where: str = ""
+    """What runs at the peak: `recompute in unet.up_blocks.3.resnets.0`."""
+    recording: Recording | None = None
+    """What it was read from, where one process has all of it."""
 
     @property
     def peak(self) -> int:
+        """Allocated at the most."""
         return self.weights + self.optimizer + self.step
+
+    @property
+    def reserved(self) -> int:
+        """What `nvidia-smi` would show, the context aside."""
+        return max(self.peak, self.held)
+
+    def fits(self, device: int) -> bool:
+        """Whether a device of so many bytes is enough, beside the context: the allocator gives unused blocks back before it fails."""
+        room = device - CONTEXT
+        return self.reserved <= room or (self.recording is not None and self.peak <= room and self.recording.fits(room))
 
     def as_json(self, device: int | None = None) -> dict[str, Any]:
         """What `--json` and preflight.json show as `predicted`; `device` is the memory it was held against."""
-        shown = {"peak": self.peak, "weights": self.weights, "optimizer": self.optimizer, "step": self.step}
+        shown = {
+            "peak": self.peak,
+            "reserved": self.reserved,
+            "weights": self.weights,
+            "optimizer": self.optimizer,
+            "step": self.step,
+        }
         gib = {f"{name}_gib": round(value / GIB, 3) for name, value in shown.items()}
         against = {} if device is None else {"device_gib": round(device / GIB, 3)}
-        return {**gib, **against, "trained_parameters": self.trained_parameters}
+        return {**gib, **against, "where": self.where, "trained_parameters": self.trained_parameters}
 
 
-def estimate(
-    config: Config, networks: Sequence[nn.Module], trained: Iterable[Tensor], step: int, *, shards: int = 1
-) -> Estimate:
-    """The rehearsed step's peak in bytes, and what is resident around it, in one process.
+def estimate(recording: Recording, *, shards: int = 1) -> Estimate:
+    """What was recorded of one process that has everything.
 
-    With FSDP2 the first network, the UNet, is divided into `shards`, and so are its gradients, which `step` has whole.
+    With FSDP2 the UNet is divided into `shards`, and so are gradients and optimizer state, all of which `recording` has whole.
     """
-    weights = [sum(t.nbytes for t in (*network.parameters(), *network.buffers())) for network in networks]
-    parameters = list(trained)
-    count = sum(parameter.numel() for parameter in parameters)
-    state = _STATE_BYTES[config.train.optimizer] + (4 if config.train.ema else 0)
-    if shards > 1:
-        weights[0] = weights[0] // shards + _gathered(networks[0])
-        step -= sum(parameter.nbytes for parameter in parameters) * (shards - 1) // shards
-    return Estimate(sum(weights), count * state // shards, max(0, step), count)
-
-
-def _gathered(unet: nn.Module) -> int:
-    """What is whole at once: all that is in no block, and two blocks, of which one computes and the next is on its way."""
-    blocks = [module for module in unet.modules() if type(module).__name__ in BLOCKS]
-    sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
-    rest = sum(parameter.nbytes for parameter in unet.parameters()) - sum(sizes)
-    return rest + sum(sorted(sizes)[-2:])
+    phase, peak = recording.top
+    step = peak.bytes - recording.weights - recording.optimizer
+    where = f"{phase} in {peak.where}" if peak.where else phase
+    if shards == 1:
+        return Estimate(
+            recording.weights,
+            recording.optimizer,
+            step,
+            recording.trained_parameters,
+            recording.reserved,
+            where,
+            recording,
+        )
+    weights = recording.weights - recording.unet + recording.unet // shards + recording.gathered
+    step -= recording.gradients * (shards - 1) // shards
+    return Estimate(weights, recording.optimizer // shards, max(0, step), recording.trained_parameters, 0, where)
 
 
 def device_bytes(given: int | None) -> int | None:
@@ -118,14 +102,15 @@ def check_memory(config: Config, needed: Estimate, given: int | None) -> list[Fi
     available = device_bytes(given)
     if available is None:
         return _on_cpu(needed)
-    if needed.peak <= available:
+    if needed.fits(available):
         return []
     fix, patch = smaller(config)
+    at = f" at the peak, in {needed.where}" if needed.where else ""
     return [
         Finding(
-            "MEM701", "error", "memory", f"about {_gib(needed.peak)} in one process: {_gib(needed.weights)} of weights, "
-            f"{_gib(needed.optimizer)} of optimizer state, {_gib(needed.step)} for the step at its peak",
-            f"at most {_gib(available)}, the device's memory",
+            "MEM701", "error", "memory", f"{_gib(needed.peak)} in one process, {_gib(needed.reserved)} with what the allocator keeps: "
+            f"{_gib(needed.weights)} of weights, {_gib(needed.optimizer)} of optimizer state, {_gib(needed.step)} beside them{at}",
+            f"at most {_gib(available - CONTEXT)}: the device's {_gib(available)} without the driver's {_gib(CONTEXT)}",
             "Training would stop with an out-of-memory error in its first steps. Most of the step is activations, which "
             "grow with batch x frames x height x width.",
             fix, patch,
@@ -156,7 +141,10 @@ def check_disk(config: Config, trained_parameters: int) -> list[Finding]:
     checkpoints that this run already has are not asked for twice. The export comes on top and is not counted.
     """
     train, checkpoint = config.train, config.checkpoint
-    each = trained_parameters * (4 + _STATE_BYTES[train.optimizer] + (4 if train.ema else 0))
+    each = int(
+        trained_parameters
+        * (_PARAMETER_BYTES[config.memory.parameters] + state_bytes(config) + (4 if train.ema else 0))
+    )
     planned = min(checkpoint.keep, -(-train.steps // checkpoint.interval))
     folder = Path(config.run.dir) / config.run.name
     there = _bytes_of(folder / "checkpoints")

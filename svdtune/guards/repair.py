@@ -11,15 +11,17 @@ from svdtune.config.load import load_config
 from svdtune.errors import UsageError
 
 
-def write_repaired(source: Path, target: Path, overrides: Sequence[str]) -> None:
+def write_repaired(source: Path, target: Path, overrides: Sequence[str], *, option: str = "--fix") -> None:
     """`source` with `overrides` (`section.key=value`) set, written to `target`; what is not named stays as it was written.
 
     Raises UsageError when `target` is another file that exists, ConfigError when the result would not load.
     """
     if target.exists() and not target.samefile(source):
-        raise UsageError(f"--fix: {target} exists already; give another name, or {source} itself to change it in place")
+        raise UsageError(
+            f"{option}: {target} exists already; give another name, or {source} itself to change it in place"
+        )
     if not target.absolute().parent.is_dir():
-        raise UsageError(f"--fix: there is no folder {target.parent} to write {target.name} in")
+        raise UsageError(f"{option}: there is no folder {target.parent} to write {target.name} in")
     written = source.read_bytes().decode("utf-8")
     text = written.replace("\r\n", "\n")
     yaml = _like(text)

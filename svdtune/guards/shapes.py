@@ -22,8 +22,11 @@ from svdtune.contracts import Axes, Batch, Draws, LatentBatch, ModelFacts, Video
 from svdtune.engine import sharding
 from svdtune.errors import ConfigError, ModelError
 from svdtune.guards.findings import Finding
-from svdtune.guards.memory import ASKS_DEVICE, Estimate, LiveStorages, estimate
+from svdtune.guards.memory import Estimate, estimate
 from svdtune.guards.place import place_of
+from svdtune.guards.plan_record import ASKS_DEVICE
+from svdtune.guards.plan_rules import cuda_rules
+from svdtune.guards.plan_step import Rehearsed
 from svdtune.guards.resume import check_resume
 from svdtune.guards.settings import check_targets
 from svdtune.guards.told import plain, told, told_arguments
@@ -142,14 +145,16 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
         *check_resume(config, built.trained),
     ]
     facts = built.parts.facts
-    with LiveStorages() as storages, Strict():
-        failed = _attempt(built, user_axes(config, facts))
-    if failed:
-        return Rehearsal([*findings, *failed])
-    findings += _without_gradient(built.trained)
-    networks = (built.parts.unet, built.parts.vae, built.parts.image_encoder)
-    shards = world_size() if sharding() else 1
-    needed = estimate(config, networks, built.trained.values(), storages.peak, shards=shards)
+    rehearsed = Rehearsed(config, built.parts, built.trained)
+    with cuda_rules(math=config.memory.attention == "math"):
+        rehearsed.before()
+        with rehearsed.step(), Strict():
+            failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts))
+        if failed:
+            return Rehearsal([*findings, *failed])
+        findings += _without_gradient(built.trained)
+        recording = rehearsed.after()
+    needed = estimate(recording, shards=world_size() if sharding() else 1)
     # Recomputing the blocks again would show nothing new and take a quarter of the time.
     with kept(built.parts.unet):
         return Rehearsal([*findings, *_hidden(built)], needed)
@@ -184,7 +189,8 @@ def _attempt(built: Built, axes: Axes) -> list[Finding]:
 
 
 def _step(built: Built, axes: Axes, *, backward: bool = True) -> None:
-    result = train_step(built.parts, fake_record(built.batch, axes), fake_record(Draws, axes))
+    batch, draws = fake_record(built.batch, axes), fake_record(Draws, axes)  # the loop has them until the step is over
+    result = train_step(built.parts, batch, draws)
     # The step checks its own records; a check that was taken out must not take the proof along.
     for record in (result.encoded, result.unet_input, result.prediction, result):
         require(record, axes)

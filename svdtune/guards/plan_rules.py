@@ -1,0 +1,66 @@
+"""CUDA's rules on fake CPU tensors: which operators autocast computes in float32, and which attention kernel runs.
+
+A fake "cuda" tensor on a build without CUDA aborts the process, so the step runs on fake CPU tensors, where autocast leaves normalisation
+in half precision and attention has another operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_FLOAT32 = ("group_norm", "layer_norm", "softmax", "log_softmax", "mse_loss", "softplus")
+"""Those of torch's list (autocast_mode.h, fp32) that networks like ours call on activations."""
+_WIDEST_FLASH = 256
+"""Head width from which on flash attention has no kernel."""
+
+
+@contextmanager
+def cuda_rules(*, math: bool = False) -> Iterator[None]:
+    """Inside, functions on CPU tensors cast and choose kernels as on a GPU; `math` computes attention as plain products.
+
+    The functions themselves are replaced: a function mode is off during a backward pass, and so in what is recomputed there.
+    """
+    rules: dict[str, Any] = {name: partial(_in_float32, getattr(F, name)) for name in _FLOAT32}
+    rules["scaled_dot_product_attention"] = computed = partial(attention, math=math)
+    with patch.multiple(F, **rules), patch("svdtune.model.attention.scaled_dot_product_attention", computed):
+        yield
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False, *, math: bool = False,
+) -> Tensor:  # fmt: skip
+    """(b, heads, t, width) by the operator that torch takes on a GPU: flash in half precision, else the memory-efficient one."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    aten = torch.ops.aten
+    if math or attn_mask is not None:
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[
+            0
+        ]
+    if query.dtype != torch.float32 and query.shape[-1] <= _WIDEST_FLASH:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    saves = torch.is_grad_enabled() and query.requires_grad
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, saves, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _in_float32(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    if not torch.is_autocast_enabled("cpu"):
+        return function(*args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        return function(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
+
+
+def _float32(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
