@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from svdtune.guards.cost import step_cost
 from updates import device, our_update, timed, versions
 from usual_loop import usual_update
 
 from svdtune.config.load import load_config, with_overrides
 from svdtune.config.schema import Config
+from svdtune.guards.cost import step_cost
 
 PEAK = 989.5e12
 """bf16 FLOP/s of an H100 or H200 without sparsity, by its datasheet."""

@@ -571,15 +571,17 @@ _PRECISION: tuple[Rule, ...] = (
 
 _MEMORY: tuple[Rule, ...] = (
     Rule("MEM701", "the step does not fit into the device",
-         "The peak of all tensors alive during forward, backward and optimizer step exceeds the memory of the device.",
-         "Fewer frames, a smaller size, LoRA instead of full training, or gradient checkpointing."),
+         "The peak of all tensors alive during a step or a sample video, with what the allocator keeps beside them, exceeds the memory of "
+         "the device.",
+         "`svdtune plan CONFIG --gpu 24GiB` has the fastest settings that fit; memory.plan=auto takes them."),
     Rule("MEM702", "this machine cannot run it",
          "No GPU is visible, and the step needs more memory than this machine has. That is expected where a laptop checks a run "
          "for a rented card.",
          "Run it on the card, or check against its memory with `svdtune preflight CONFIG --gpu 24GiB`."),
     Rule("MEM703", "out of memory in the trial step",
          "The real step was run on this device and did not fit.",
-         "The finding has the next setting that fits, by the estimate times what it was too low by."),
+         "The finding says predicted, measured and what differed, and has the next settings that fit, by the prediction times what it was "
+         "too low by."),
     Rule("MEM750", "the machine's main memory is full, or a process was killed",
          "The kernel kills the largest process when main memory is full; it leaves no message of its own. An allocation on the CPU that "
          "fails does.",

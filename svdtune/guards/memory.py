@@ -104,7 +104,7 @@ def check_memory(config: Config, needed: Estimate, given: int | None) -> list[Fi
         return _on_cpu(needed)
     if needed.fits(available):
         return []
-    fix, patch = smaller(config)
+    fix, patch = smaller(config, needed.where)
     at = f" at the peak, in {needed.where}" if needed.where else ""
     return [
         Finding(
@@ -172,8 +172,10 @@ def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def smaller(config: Config) -> tuple[str, tuple[str, ...]]:
-    """The first change that keeps what is learned."""
+def smaller(config: Config, where: str = "") -> tuple[str, tuple[str, ...]]:
+    """The first change that keeps what is learned; `where` is what runs at the peak."""
+    if where.startswith(("sample in vae", "encode in vae")) and config.memory.vae_chunk > 1:
+        return "Take fewer frames at once through the VAE (memory.vae_chunk).", ("memory.vae_chunk=1",)
     train = config.train
     if config.memory.checkpointing != "nested":
         more = "units" if config.memory.checkpointing == "none" else "nested"

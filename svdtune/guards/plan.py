@@ -93,6 +93,8 @@ class Planner:
             yield change
             if ema and not memory.ema_on_cpu:
                 yield (*change, "memory.ema_on_cpu=true")
+        if memory.vae_chunk > 1:  # where encoder or decoder is the peak
+            yield (*change, *(("memory.ema_on_cpu=true",) if ema else ()), "memory.vae_chunk=1")
 
     def rounded(self) -> Iterator[Changes]:
         """The same with bf16 parameters, where that is a change."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdtune.guards.plan_ops import H100, Card, Cost, cost_of, tensors, workspaces
+from svdtune.guards.plan_ops import H100, Card, Cost, cost_of, cpu_workspaces, tensors, workspaces
 
 ASKS_DEVICE = torch.ops.prim.device.default
 """Autograd and autocast ask it of every fake tensor, twice as often as they compute: answered at once, it costs nothing."""
@@ -46,9 +46,10 @@ class Recorder(TorchDispatchMode):
     A module that runs inside a backward pass is being recomputed.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module] = {}, card: Card = H100) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module] = {}, *, gpu: bool = True, card: Card = H100) -> None:
         super().__init__()
         self.card, self.phase, self.live = card, "", 0
+        self._private = workspaces if gpu else cpu_workspaces
         self.events: list[tuple[int, int]] = []
         self.peaks: dict[str, Peak] = {}
         self.costs: dict[str, Cost] = {}
@@ -111,7 +112,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in tensors(result):
             self._count(tensor)
-        own = [(self._born(size), size) for size in map(_rounded, workspaces(func, args))]
+        own = [(self._born(size), size) for size in map(_rounded, self._private(func, args))]
         for number, size in own:
             self._dead(number, size)
         if (cost := cost_of(func, args, kwargs, result, self.card)) is not None:

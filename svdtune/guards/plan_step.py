@@ -96,10 +96,10 @@ class Recording:
 class Rehearsed:
     """The recorder of one step; `before` and `after` go around it, all within `cuda_rules`."""
 
-    def __init__(self, config: Config, parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
-        self.config, self.trained = config, dict(trained)
+    def __init__(self, config: Config, parts: Parts, trained: Mapping[str, nn.Parameter], *, gpu: bool = True) -> None:
+        self.config, self.trained, self.gpu = config, dict(trained), gpu
         self.parts = replace(parts, vae_chunk=config.memory.vae_chunk)
-        self.recorder = Recorder({"unet": parts.unet, "vae": parts.vae, "image_encoder": parts.image_encoder})
+        self.recorder = Recorder({"unet": parts.unet, "vae": parts.vae, "image_encoder": parts.image_encoder}, gpu=gpu)
         self.count = sum(parameter.numel() for parameter in self.trained.values())
         self.optimizing: Any = None
         self.held: list[Tensor] = []
@@ -112,7 +112,7 @@ class Rehearsed:
     def _before(self) -> None:
         recorder, parts = self.recorder, self.parts
         recorder.phase = "start"
-        self._hold(BLAS)
+        self._hold(BLAS if self.gpu else 0)
         networks = (parts.unet, parts.vae) if self.config.data.latents else (parts.unet, parts.vae, parts.image_encoder)
         self.weights = recorder.hold(tensor for network in networks for tensor in held(network))
         already = recorder.live

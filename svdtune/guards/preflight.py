@@ -215,7 +215,15 @@ def _of_data(config: Config) -> tuple[Any, ...]:
 def _of_step(config: Config) -> tuple[Any, ...]:
     """What the rehearsal reads of a configuration, and more."""
     data = config.data
-    sections = config.run, config.model, config.conditioning, config.adapt, config.train, config.memory
+    sections = (
+        config.run,
+        config.model,
+        config.conditioning,
+        config.adapt,
+        config.train,
+        config.memory,
+        config.validation,
+    )
     return *sections, data.num_frames, data.height, data.width, data.latents is None
 
 

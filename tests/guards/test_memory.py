@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from svdtune.guards.memory import GIB, Estimate, LiveStorages, check_memory
+from svdtune.config.load import with_overrides
+from svdtune.guards.memory import CONTEXT, GIB, Estimate, check_memory
 from svdtune.guards.preflight import Options, run_preflight
 from svdtune.guards.shapes import rehearse
 
 
-def test_live_storages_counts_what_lives_at_once():
-    with LiveStorages() as storages:
-        one = torch.zeros(1000)
-        view = one[:10].view(2, 5)
-        two = one + 1
-        assert (storages.live, storages.peak) == (8000, 8000)
-        del two
-        three = torch.ones(500)
-        assert (storages.live, storages.peak) == (6000, 8000)
-    del one, three
-    assert storages.live == 4000
-    del view
-    assert storages.live == 0
-
-
 def test_checkpointing_and_fewer_frames_lower_the_peak(tiny):
     plain, recomputed, shorter = (
-        rehearse(tiny(f"memory.checkpointing={mode}", f"data.num_frames={frames}")).needed
+        rehearse(tiny(f"memory.checkpointing={mode}", f"data.num_frames={frames}", "validation.samples=0")).needed
         for mode, frames in (("none", 8), ("diffusers", 8), ("none", 4))
     )
     assert recomputed.step < plain.step
     assert shorter.step < plain.step
+    assert plain.reserved > plain.peak
+    assert plain.where.startswith("backward in unet.")
     assert plain.weights == recomputed.weights == shorter.weights
 
 
 def test_each_level_of_recomputation_needs_less(tiny):
     """diffusers' flag leaves the temporal blocks out: the peak with it is above that of units."""
     peaks = {
-        p: rehearse(tiny(f"memory.checkpointing={p}")).needed.step for p in ("none", "diffusers", "units", "nested")
+        p: rehearse(tiny(f"memory.checkpointing={p}", "validation.samples=0")).needed.step
+        for p in ("none", "diffusers", "units", "nested")
     }
     assert peaks["none"] > peaks["diffusers"] > peaks["units"] > peaks["nested"]
 
 
 def test_optimizer_and_average_are_counted(tiny):
     adamw, with_ema, lora = (rehearse(tiny(*o)).needed for o in ([], ["train.ema=true"], ["adapt.method=lora"]))
-    assert adamw.optimizer == 8 * adamw.trained_parameters
-    assert with_ema.optimizer == 12 * adamw.trained_parameters
+    assert adamw.optimizer == pytest.approx(8 * adamw.trained_parameters, abs=512)
+    assert with_ema.optimizer == pytest.approx(12 * adamw.trained_parameters, abs=1024)
     assert lora.optimizer < adamw.optimizer / 2
 
 
@@ -61,11 +51,12 @@ def test_shards_divide_what_is_held_and_not_what_is_computed(tiny, monkeypatch):
     assert alone.weights / 4 < shared.weights < alone.weights
     assert shared.trained_parameters == alone.trained_parameters
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    assert rehearse(tiny("adapt.method=full", "train.ema=true")).needed == alone
+    copied = rehearse(tiny("adapt.method=full", "train.ema=true")).needed
+    assert copied.step == pytest.approx(alone.step + gradients, rel=0.01)  # DDP's buckets
 
 
 def test_a_device_that_is_large_enough_is_silent(tiny):
-    assert check_memory(tiny(), Estimate(1, 1, 1, 1), 3) == []
+    assert check_memory(tiny(), Estimate(1, 1, 1, 1), 3 + CONTEXT) == []
     assert check_memory(tiny(), Estimate(1, 1, 1, 1), None) == []
 
 
@@ -80,20 +71,27 @@ def test_a_machine_without_a_gpu_is_told(tiny, monkeypatch):
 
 
 def test_the_sentence_and_the_change(tiny):
-    [found] = check_memory(tiny("memory.checkpointing=none"), Estimate(2 * GIB, GIB, 5 * GIB, 7), 4 * GIB)
+    [found] = check_memory(
+        tiny("memory.checkpointing=none"),
+        Estimate(2 * GIB, GIB, 5 * GIB, 7, 9 * GIB, "forward in unet.conv_in"),
+        4 * GIB,
+    )
     assert found.code == "MEM701"
     assert found.got == (
-        "about 8.0 GiB in one process: 2.0 GiB of weights, 1.0 GiB of optimizer state, 5.0 GiB for the step at its peak"
+        "8.0 GiB in one process, 9.0 GiB with what the allocator keeps: 2.0 GiB of weights, 1.0 GiB of optimizer state, 5.0 GiB beside "
+        "them at the peak, in forward in unet.conv_in"
     )
-    assert found.expected == "at most 4.0 GiB, the device's memory"
+    assert found.expected == "at most 3.5 GiB: the device's 4.0 GiB without the driver's 512 MiB"
     assert found.patch == ("memory.checkpointing=units",)
 
 
 def test_the_change_is_proved_or_dropped(tiny):
     """Between the peaks with and without recomputation the change helps; below both it does not."""
-    config = tiny("memory.checkpointing=none")
-    plain, recomputed = (rehearse(tiny(f"memory.checkpointing={m}")).needed.peak for m in ("none", "units"))
-    [helped] = run_preflight(config, Options(device_bytes=(plain + recomputed) // 2)).findings
+    config = tiny("memory.checkpointing=none", "validation.samples=0")
+    plain, recomputed = (
+        rehearse(with_overrides(config, [f"memory.checkpointing={m}"])).needed.reserved for m in ("none", "units")
+    )
+    [helped] = run_preflight(config, Options(device_bytes=(plain + recomputed) // 2 + CONTEXT)).findings
     assert helped.patch == ("memory.checkpointing=units",)
     assert helped.verified
     [hopeless] = run_preflight(config, Options(device_bytes=recomputed // 10)).findings

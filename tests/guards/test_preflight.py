@@ -442,7 +442,7 @@ def test_the_step_is_rehearsed_again_only_where_a_patch_changes_what_it_reads(ti
     watched = Watched(tiny())
     shapes.rehearse(watched)
     sizes = {"data.num_frames", "data.height", "data.width"}
-    whole = {"run", "model", "conditioning", "adapt", "train", "memory"}
+    whole = {"run", "model", "conditioning", "adapt", "train", "memory", "validation"}
     assert {name for name in watched.read if name.partition(".")[0] not in whole} == sizes
     rehearsed = []
     monkeypatch.setattr(shapes, "rehearse", lambda config: rehearsed.append(config) or shapes.Rehearsal([]))

@@ -1,0 +1,210 @@
+"""The planner against real allocations, torch's own counts and the allocator's rules; the verb, the pick, memory.plan=auto."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from torch.nn import functional as F
+
+from svdtune.config.load import load_config
+from svdtune.errors import UsageError
+from svdtune.guards.memory import GIB
+from svdtune.guards.plan import Planner, with_plan
+from svdtune.guards.plan_ops import workspaces
+from svdtune.guards.plan_pass import record
+from svdtune.guards.plan_record import Recorder
+from svdtune.guards.plan_replay import MIB, Allocator, Full
+from svdtune.guards.plan_rules import cuda_rules
+from svdtune.guards.plan_verb import plan_verb
+from svdtune.model.fake import fake_tensors
+from svdtune.model.load import build_part, known_configs
+from svdtune.trainer.optimizer import make_optimizer, state_bytes
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("adapt.method=full", "memory.checkpointing=none", "train.precision=no"),
+        ("adapt.method=temporal", "memory.checkpointing=units", "train.precision=bf16"),
+        ("adapt.method=lora", "memory.checkpointing=nested", "train.precision=no"),
+    ],
+)
+def test_the_predicted_peak_is_that_of_a_real_run(overrides, monkeypatch):
+    """Within 1 % of what the CPU's allocator gave out; benchmarks/planner.py has the whole grid."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import planner
+
+    row = planner.on_cpu(planner.loaded("tiny.yaml", ("train.batch_size=2", *overrides)))
+    assert abs(row["error"]) < 0.01, row
+
+
+def full_size(frames: int, height: int, width: int) -> dict[str, float]:
+    """TFLOP of SVD-XT's whole UNet, every parameter trained and nothing folded, by phase."""
+    configs = known_configs(load_config(TINY, ["model.pretrained=stabilityai/stable-video-diffusion-img2vid-xt"]).model)
+    with torch.device("meta"):
+        unet: UNetSpatioTemporalConditionModel = build_part("unet", configs.unet)
+    unet = unet.to("meta").to(torch.bfloat16)
+    recorder = Recorder({"unet": unet})
+    with fake_tensors(unet), cuda_rules(), recorder.watching():
+        recorder.phase = "forward"
+        made = {"dtype": torch.bfloat16}
+        sample, token = torch.empty(1, frames, 8, height // 8, width // 8, **made), torch.empty(1, 1, 1024, **made)
+        unet(
+            sample, torch.empty(1), encoder_hidden_states=token, added_time_ids=torch.empty(1, 3, **made)
+        ).sample.sum().backward()
+    return {phase: cost.model_flops / 1e12 for phase, cost in recorder.costs.items()}
+
+
+def test_flops_are_those_of_the_table():
+    """PERFORMANCE section 3, attention counted as six products: 79.95 forwards, 239.72 in all."""
+    flops = full_size(25, 576, 1024)
+    assert flops["forward"] == pytest.approx(79.95, rel=1e-3)
+    assert flops["forward"] + flops["backward"] == pytest.approx(239.72, rel=1e-3)
+
+
+def test_autocast_follows_cuda_inside_and_the_cpu_outside():
+    x = torch.ones(2, 4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with cuda_rules():
+            assert (F.group_norm(x, 2).dtype, F.layer_norm(x, (8,)).dtype) == (torch.float32, torch.float32)
+        assert F.group_norm(x, 2).dtype == torch.bfloat16
+    with cuda_rules():
+        assert F.layer_norm(x, (8,)).dtype == torch.bfloat16
+
+
+def test_attention_makes_no_matrix_of_tokens_by_tokens():
+    def peak(math: bool) -> int:
+        recorder = Recorder()
+        with fake_tensors(), cuda_rules(math=math), recorder.watching():
+            q = torch.empty(1, 1, 4096, 64, dtype=torch.bfloat16, requires_grad=True)
+            F.scaled_dot_product_attention(q, q, q).sum().backward()
+        return recorder.peak
+
+    assert peak(math=False) < 10 * MIB < 60 * MIB < peak(math=True)
+
+
+def test_flash_backward_has_its_float32_queries():
+    """25 tokens are computed as 128: more than the activations themselves in temporal layers."""
+    q = torch.empty(9216, 5, 25, 64, dtype=torch.bfloat16, device="meta")
+    op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    assert sum(workspaces(op, (q, q, q, q))) == 9216 * 5 * 128 * (64 + 1) * 4
+
+
+def test_storages_are_counted_once_rounded_and_until_they_die():
+    recorder = Recorder()
+    with recorder.watching():
+        recorder.phase = "one"
+        one = torch.zeros(1000)
+        view = one[:10].view(2, 5)
+        two = one + 1
+        assert recorder.live == 2 * 4096
+        del two
+        recorder.phase = "two"
+        three = torch.ones(500)
+    del one, three
+    assert recorder.live == 4096
+    del view
+    assert recorder.live == 0
+    assert {phase: peak.bytes for phase, peak in recorder.peaks.items()} == {"one": 8192, "two": 4096 + 2048}
+
+
+def test_the_allocator_takes_segments_splits_and_joins():
+    allocator = Allocator()
+    allocator.run(
+        [(1, 512), (2, MIB)]
+    )  # one small segment holds the first, the second has no room left in it... of 2 MiB
+    assert allocator.reserved == 2 * MIB
+    allocator.run([(3, 3 * MIB), (4, 3 * MIB)])
+    assert allocator.reserved == 22 * MIB
+    allocator.run([(5, 15 * MIB)])
+    assert allocator.reserved == 22 * MIB + 16 * MIB  # 14 MiB are left of the 20
+    allocator.run([(5, 0), (6, 16 * MIB)])
+    assert allocator.reserved == 38 * MIB  # taken again
+    allocator.run([(3, 0), (4, 0), (7, 9 * MIB), (8, 9 * MIB)])
+    assert allocator.reserved == 38 * MIB  # neighbours were joined
+    with pytest.raises(Full):
+        Allocator(30 * MIB).run([(1, 20 * MIB), (2, 20 * MIB)])
+    tight = Allocator(30 * MIB)
+    tight.run([(1, 20 * MIB), (1, 0), (2, 28 * MIB)])  # what is unused is given back before it fails
+    assert (tight.reserved, tight.most) == (28 * MIB, 28 * MIB)
+
+
+def test_state_that_is_added_equals_state_that_is_made(tiny):
+    """Rows over optimizers and averages are not recorded again: AdamW's own state, average included, has these bytes."""
+    config = tiny()
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (1000, 3 * 4096, 77)]
+    optimizer = make_optimizer(config, parameters, torch.device("cpu"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    made = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    assert made == state_bytes(config) * sum(parameter.numel() for parameter in parameters)
+    planner = Planner(config)
+    plain, averaged, host = (
+        planner.row(*o) for o in ((), ("train.ema=true",), ("train.ema=true", "memory.ema_on_cpu=true"))
+    )
+    assert averaged.needed.peak - plain.needed.peak == 4 * plain.needed.trained_parameters
+    assert host.needed.peak == plain.needed.peak
+    assert len(planner._recorded) == 1
+    whole = record(replace(config, train=replace(config.train, ema=True)))
+    assert abs(whole.top[1].bytes - averaged.needed.peak) <= 4 * 512
+
+
+def test_accumulated_gradients_live_through_the_step(tiny):
+    one, two = (record(tiny(f"train.accumulation={n}")) for n in (1, 2))
+    assert two.peaks["forward"].bytes - one.peaks["forward"].bytes >= two.gradients > 0
+
+
+def test_the_fastest_exact_setting_is_picked_before_one_that_rounds(tiny):
+    planner = Planner(tiny("train.precision=bf16", "validation.samples=0"), GIB)
+    rows = {level: planner.row(f"memory.checkpointing={level}").needed for level in ("none", "units", "nested")}
+    assert rows["none"].peak > rows["units"].peak > rows["nested"].peak
+
+    def picked(room: int):
+        planner.capacity = room + GIB // 2
+        return planner.pick()
+
+    assert picked(rows["none"].reserved).changes == ("memory.checkpointing=none",)
+    level = picked(rows["none"].peak - MIB)
+    assert level.exact
+    assert level.changes in (("memory.checkpointing=level0",), ())
+    rounded = picked(rows["nested"].peak - 4 * MIB)
+    assert "memory.parameters=bf16" in rounded.changes
+    assert not rounded.exact
+    assert picked(MIB) is None
+
+
+def test_plan_auto_says_what_it_took(tiny):
+    config = tiny("memory.plan=auto")
+    planned, said = with_plan(config, 2 * GIB)
+    assert planned.memory.checkpointing == "none"
+    assert said.startswith("memory.plan=auto: memory.checkpointing=none; about 0.")
+    assert said.endswith("GiB reserved of 2.0 GiB")
+    assert (planned.train, planned.adapt) == (config.train, config.adapt)
+    same, said = with_plan(config, None)
+    assert (same, "no GPU is visible" in said) == (config, True)
+
+
+def test_the_verb_prints_rows_and_writes_the_pick(tmp_path, capsys, monkeypatch):
+    source, target = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    source.write_text(TINY.read_text())
+    monkeypatch.setattr("svdtune.guards.plan_verb.sizes", lambda _: [])
+    monkeypatch.setattr("svdtune.guards.plan._LEVELS", ("none", "units"))
+    plan_verb(source, [], gpu="2GiB", apply=target, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["pick"]["changes"] == ["memory.checkpointing=none"]
+    assert told["now"]["model_tflops"] > 0
+    assert {tuple(row["changes"]) for row in told["rows"]} >= {(), ("memory.checkpointing=none",)}
+    assert load_config(target).memory.checkpointing == "none"
+    assert "# For everybody, first" in target.read_text()
+    with pytest.raises(UsageError, match="no settings were picked"):
+        plan_verb(source, [], gpu="0.51GiB", apply=tmp_path / "c.yaml", as_json=False)
+    assert "Nothing here fits into 0.5 GiB" in capsys.readouterr().out
