@@ -396,3 +396,24 @@ def test_the_verb(own, monkeypatch, capsys, tmp_path):
         r"encoded 0 clips, 0\.0 MB in .* s; .* holds all 19 clips of this configuration, 0\.\d MB\n", out
     ), out
     assert "0 of 19 clips are to be encoded" in err
+
+
+def test_a_file_counts_only_when_all_its_windows_are_there(own, monkeypatch):
+    index, folder, moved = read_index(own), Path(own.data.latents), []
+    wanted = caching.wanted_windows(own, scan(own.data))
+    assert caching.assemble(own, wanted, index.settings) == index
+    for entry in index.train[0].entries:
+        entry_path(folder, entry.key).unlink()
+    caching._record_path(own, index.train[0].name).unlink()
+    move = caching.move_file
+
+    def killed(source: Path, target: Path) -> None:
+        moved.append(target)
+        if len(moved) == 3:  # of four, two for each window
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(caching, "move_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        caching.make_cache(own)
+    assert caching.assemble(own, wanted, index.settings) is None
