@@ -21,8 +21,8 @@ from svdtune.guards.plan_step import Recording
 from svdtune.launch import world_size
 from svdtune.trainer.optimizer import state_bytes
 
-_LEVELS = ("none", "level0", "units", "nested")
-"""From the fastest to the one that needs least."""
+_LEVELS = (("none", False), ("level0", False), ("units", False), ("units", True), ("nested", False), ("nested", True))
+"""What is recomputed, and whether the inputs of it wait in the machine's memory: from the fastest to what needs least."""
 _ROUNDED = "memory.parameters=bf16"
 _EIGHT = "train.optimizer=adamw8bit"
 Changes = tuple[str, ...]
@@ -87,9 +87,11 @@ class Planner:
     def exact(self) -> Iterator[Changes]:
         """Settings of `memory` that change no number, from the fastest to the one that needs least."""
         memory, ema = self.config.memory, self.config.train.ema
-        for level in _LEVELS:
+        change: Changes = ()
+        for level, offload in _LEVELS:
             own = memory.checkpointing == level or (memory.checkpointing == "auto" and level == "units")
             change = () if own else (f"memory.checkpointing={level}",)
+            change += () if offload == memory.offload else (f"memory.offload={str(offload).lower()}",)
             yield change
             if ema and not memory.ema_on_cpu:
                 yield (*change, "memory.ema_on_cpu=true")

@@ -35,11 +35,9 @@ class Card:
     """FLOP/s of float32 matrix products."""
     bandwidth: float
     """Bytes per second of its memory."""
-    link: float
-    """Bytes per second to the machine's memory and back, pinned."""
 
 
-H100 = Card("H100", 800e12, 400e12, 54e12, 3.0e12, 50e9)
+H100 = Card("H100", 800e12, 400e12, 54e12, 3.0e12)
 
 
 @dataclass
@@ -76,6 +74,8 @@ def cost_of(func: Any, args: Any, kwargs: Any, result: Any, card: Card) -> Cost 
     packet = func.overloadpacket
     if func.is_view or packet in _NOTHING:
         return None
+    if packet is aten.copy_ and args[0].device != args[1].device:
+        return Cost(kernels=1)  # to the machine's memory and back, beside the computation
     moved = _moved(args, result)
     if packet not in flop_registry:
         return Cost(bytes=moved, seconds=moved / card.bandwidth, kernels=1)

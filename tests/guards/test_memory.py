@@ -10,10 +10,13 @@ from svdtune.guards.memory import CONTEXT, GIB, Estimate, check_memory
 from svdtune.guards.preflight import Options, run_preflight
 from svdtune.guards.shapes import rehearse
 
+UNET = ("train.batch_size=4", "memory.vae_chunk=1", "validation.samples=0")
+"""So that the UNet is the peak: the tiny one is small beside its encoder."""
+
 
 def test_checkpointing_and_fewer_frames_lower_the_peak(tiny):
     plain, recomputed, shorter = (
-        rehearse(tiny(f"memory.checkpointing={mode}", f"data.num_frames={frames}", "validation.samples=0")).needed
+        rehearse(tiny(f"memory.checkpointing={mode}", f"data.num_frames={frames}", *UNET)).needed
         for mode, frames in (("none", 8), ("diffusers", 8), ("none", 4))
     )
     assert recomputed.step < plain.step
@@ -26,7 +29,7 @@ def test_checkpointing_and_fewer_frames_lower_the_peak(tiny):
 def test_each_level_of_recomputation_needs_less(tiny):
     """diffusers' flag leaves the temporal blocks out: the peak with it is above that of units."""
     peaks = {
-        p: rehearse(tiny(f"memory.checkpointing={p}", "validation.samples=0")).needed.step
+        p: rehearse(tiny(f"memory.checkpointing={p}", *UNET)).needed.step
         for p in ("none", "diffusers", "units", "nested")
     }
     assert peaks["none"] > peaks["diffusers"] > peaks["units"] > peaks["nested"]
@@ -87,7 +90,7 @@ def test_the_sentence_and_the_change(tiny):
 
 def test_the_change_is_proved_or_dropped(tiny):
     """Between the peaks with and without recomputation the change helps; below both it does not."""
-    config = tiny("memory.checkpointing=none", "validation.samples=0")
+    config = tiny("memory.checkpointing=none", *UNET)
     plain, recomputed = (
         rehearse(with_overrides(config, [f"memory.checkpointing={m}"])).needed.reserved for m in ("none", "units")
     )

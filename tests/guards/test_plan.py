@@ -163,8 +163,11 @@ def test_accumulated_gradients_live_through_the_step(tiny):
     assert two.peaks["forward"].bytes - one.peaks["forward"].bytes >= two.gradients > 0
 
 
-def test_the_fastest_exact_setting_is_picked_before_one_that_rounds(tiny):
-    planner = Planner(tiny("train.precision=bf16", "validation.samples=0"), GIB)
+def test_the_fastest_exact_setting_is_picked_before_one_that_rounds(tiny, monkeypatch):
+    monkeypatch.setattr("svdtune.trainer.adamw.CHUNK", 2**16)  # of the tiny network it would take all at once
+    planner = Planner(
+        tiny("train.precision=bf16", "train.batch_size=4", "memory.vae_chunk=1", "validation.samples=0"), GIB
+    )
     rows = {level: planner.row(f"memory.checkpointing={level}").needed for level in ("none", "units", "nested")}
     assert rows["none"].peak > rows["units"].peak > rows["nested"].peak
 
@@ -197,7 +200,7 @@ def test_the_verb_prints_rows_and_writes_the_pick(tmp_path, capsys, monkeypatch)
     source, target = tmp_path / "a.yaml", tmp_path / "b.yaml"
     source.write_text(TINY.read_text())
     monkeypatch.setattr("svdtune.guards.plan_verb.sizes", lambda _: [])
-    monkeypatch.setattr("svdtune.guards.plan._LEVELS", ("none", "units"))
+    monkeypatch.setattr("svdtune.guards.plan._LEVELS", (("none", False), ("units", False)))
     plan_verb(source, [], gpu="2GiB", apply=target, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["pick"]["changes"] == ["memory.checkpointing=none"]
