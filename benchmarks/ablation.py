@@ -13,6 +13,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     compiled = device().type == "cuda" and not arguments.no_compile
     base = load_config(Path(arguments.config), [*arguments.overrides, *ALL, *([COMPILED] if compiled else [])])
-    rows = {name: measured(base, ROWS[name], arguments.steps) for name in arguments.only}
+    rows = {}
+    for name in arguments.only:
+        rows[name] = measured(base, ROWS[name], arguments.steps)
+        print(json.dumps({name: rows[name]}), file=sys.stderr, flush=True)
     print(json.dumps({**versions(), "command": " ".join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
                       "all": [*ALL, *([COMPILED] if compiled else [])], "rows": rows}, indent=2))  # fmt: skip
 
@@ -80,10 +84,9 @@ def measured(base: Config, row: Row, steps: int) -> dict[str, Any]:
     config = with_overrides(base, row.overrides)
     try:
         with nullcontext() if row.folded else unfolded():
-            update = our_update(config, device())
-    except Exception as error:  # a package that is missing, or no room for the weights
+            return {"overrides": list(row.overrides), **timed(partial(our_update, config, device()), steps)}
+    except ImportError as error:
         return {"cannot": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    return {"overrides": list(row.overrides), **timed(update, steps)}
 
 
 if __name__ == "__main__":

@@ -41,11 +41,12 @@ def versions() -> dict[str, str]:
     return {"device": where, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
-def timed(update: Callable[[], None], steps: int) -> dict[str, Any]:
-    """Median seconds of an update, and on a GPU the GiB allocated and reserved at the peak, out of memory told as it came."""
+def timed(make: Callable[[], Callable[[], None]], steps: int) -> dict[str, Any]:
+    """Median seconds of the update that `make` makes, and on a GPU the GiB allocated and reserved at the peak; out of memory is told."""
     _reset()
     seconds = []
     try:
+        update = make()
         for _ in range(steps + WARM_UP):
             _synchronize()
             began = time.perf_counter()

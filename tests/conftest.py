@@ -11,8 +11,18 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+LONGEST = ("test_mutations.py", "test_preemption.py", "test_engines.py", "test_live.py", "test_checkpoint_bucket.py", "test_whole_job.py",
+           "test_train_spellings.py", "test_resume.py", "test_two_ranks.py", "test_shards.py", "test_docker_smoke.py", "test_launch.py",
+           "test_ranks.py", "test_shapes.py", "test_preflight.py")  # fmt: skip
+"""Files of minutes, first of all: one that begins when the others end keeps one core busy and the rest idle."""
 _CACHE = tempfile.TemporaryDirectory(prefix="svdtune-tests-")
 os.environ["SVDTUNE_CACHE"] = _CACHE.name  # of this session alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LONGEST` first, the rest as collected."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

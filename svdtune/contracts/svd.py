@@ -70,7 +70,7 @@ class LatentBatch:
     )
     latents_std: Tensor = tensor("b t z h/f w/f", "its standard deviation", dtype="float16")
     image_embeds: Tensor = tensor("b d", "CLIP embedding of the clean first frame", dtype="float32")
-    first_frame: Tensor = tensor("b c h w", "in [-1, 1], RGB; its noise differs in each step", dtype="float16")
+    first_frame: Tensor = tensor("b c h w", "RGB, round(32767 * pixels); its noise differs in each step", dtype="int16")
     fps: Tensor = tensor("b", "frames per second of the sampled clip (not of the file)", dtype="float32")
     motion_bucket: Tensor = tensor("b", "motion_bucket_id, about how much moves", dtype="float32")
     sample: Tensor = tensor("b", "global sample number: the key of everything random", dtype="int64")

@@ -23,6 +23,8 @@ _BT601 = (2, 5, 6)
 """Matrix coefficients that decord's conversion is right for: not stated, BT.470BG, SMPTE 170M."""
 _NARROW = 80
 """Widths 16, 24, 48 and 72 fail in decord 0.6; every even one from here to 420 does not."""
+_NEAR = 8
+"""A seek costs what decoding so many frames costs: those that B-pictures hold back are decoded, and then decoded again."""
 
 
 class Reader(Protocol):
@@ -89,15 +91,22 @@ class PyavReader:
     def read(self, frame_numbers: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""
         pts = self._index.pts[np.asarray(frame_numbers)]
-        key_of = np.searchsorted(self._index.keyframe_pts, pts, side="right") - 1
         pictures: dict[int, np.ndarray] = {}
-        for key in np.unique(key_of):
-            pictures |= self._read_from(int(key), set(pts[key_of == key].tolist()))
+        for key, wanted in self._passes(np.unique(pts)):
+            pictures |= self._read_from(key, set(wanted.tolist()))
         return np.stack([pictures[time] for time in pts.tolist()])
 
     def close(self) -> None:
         """See `Reader.close`."""
         self._container.close()
+
+    def _passes(self, pts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Keyframe number and what to decode from it on; going on to the next keyframe where that is no more than `_NEAR` frames away."""
+        keys = np.searchsorted(self._index.keyframe_pts, pts, side="right") - 1
+        until = self._index.keyframe_pts[np.maximum(keys[1:], 0)]
+        away = np.searchsorted(self._index.pts, until) - np.searchsorted(self._index.pts, pts[:-1])
+        cuts = np.flatnonzero((np.diff(keys) > 0) & (away > _NEAR)) + 1
+        return [(int(keys[first]), part) for first, part in zip([0, *cuts], np.split(pts, cuts), strict=True)]
 
     def _read_from(self, key: int, wanted: set[int]) -> dict[int, np.ndarray]:
         """Decode `wanted` from keyframe number `key`; where that misses one, from the one before, then from the start."""

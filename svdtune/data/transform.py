@@ -24,8 +24,8 @@ def to_pixels(
     pixels = torch.empty(len(frames), 3, height, width)
     for frame, made in zip(frames, pixels, strict=True):
         whole = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float().div_(127.5).sub_(1.0)
-        if size != tuple(whole.shape[2:]):
-            whole = F.interpolate(whole.contiguous(), size=size, mode="bicubic", align_corners=False, antialias=True)
+        if size != tuple(whole.shape[2:]):  # with channels last in memory: the same numbers, sooner
+            whole = F.interpolate(whole, size=size, mode="bicubic", align_corners=False, antialias=True)
         fitted = _fit(whole, height, width)[0]
         torch.clamp(fitted.flip(-1) if flip else fitted, -1.0, 1.0, out=made)
     return pixels

@@ -7,7 +7,7 @@ diffusers' own flag covers the spatial blocks and leaves every temporal block wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from svdtune.model.offload import Offload
+
 Policy = Literal["none", "level0", "units", "nested", "diffusers"]
 
 _UNITS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
@@ -27,26 +29,30 @@ _INSIDE = (BasicTransformerBlock, TemporalBasicTransformerBlock, FeedForward)
 class Recomputed:
     """A module's forward that keeps only its inputs for the backward pass, which computes it again."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], offload: Offload | None = None) -> None:
         self.forward = forward
+        self.offload = offload
         self.on = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.on or not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+        with self.offload.around_a_unit() if self.offload else nullcontext():
+            return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
-def recompute(unet: UNetSpatioTemporalConditionModel, policy: Policy) -> None:
-    """Apply `policy` to the UNet in place; names of parameters and modules stay.
+def recompute(unet: UNetSpatioTemporalConditionModel, policy: Policy, *, offload: bool = False) -> None:
+    """Apply `policy` to the UNet in place; names of parameters and modules stay. `offload`: see svdtune/model/offload.py.
 
     level0: ResNets and transformers of the highest resolution, where most activations are. units: of all levels.
     nested: those, and inside them each transformer block and feed-forward again, so that one unit's backward needs less.
     """
     if policy == "diffusers":
         unet.enable_gradient_checkpointing()
+    shared = Offload() if offload else None
     for module in _chosen(unet, policy):
-        module.forward = Recomputed(module.forward)
+        # What is inside a unit is recomputed with it: its inputs are not there between the passes.
+        module.forward = Recomputed(module.forward, shared if isinstance(module, _UNITS) else None)
 
 
 @contextmanager

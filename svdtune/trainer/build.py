@@ -185,7 +185,8 @@ def prepare_networks(
     if compiled:
         compile_blocks(model.unet)
     policy = config.memory.checkpointing
-    recompute(model.unet, policy if policy != "auto" else "units" if on_accelerator else "none")
+    policy = policy if policy != "auto" else "units" if on_accelerator else "none"
+    recompute(model.unet, policy, offload=config.memory.offload)
     model.unet.train()
     model.image_encoder.to(dtype)  # pyright: ignore[reportCallIssue, reportArgumentType]
     return trained

@@ -45,7 +45,7 @@ from svdtune.data.latents import (
     view,
 )
 from svdtune.data.loader import answers, require_shared_memory
-from svdtune.diffusion.conditioning import image_embeds, posterior
+from svdtune.diffusion.conditioning import image_embeds, packed, posterior
 from svdtune.errors import ConfigError, DataError, ModelError
 from svdtune.model.load import ModelParts, load_model
 from svdtune.model.source import model_source, weights_hash
@@ -142,7 +142,7 @@ class Encoder:
             mean, std = posterior(model.vae, frames, self._config.memory.vae_chunk)
             embeds = image_embeds(model.image_encoder, frames[:1], clip_pixels(model))[0]
         made = {
-            "first_frame": frames[0].half(),
+            "first_frame": packed(frames[0]),
             "image_embeds": embeds,
             "latents_mean": mean.half(),
             "latents_std": std.half(),

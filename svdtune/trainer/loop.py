@@ -194,7 +194,7 @@ def update(session: Session, accumulated: Accumulated) -> tuple[float, StepRepor
     max_norm = session.config.train.clip_norm or math.inf
     grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(trained, max_norm))
     grad_norm = whole(grad_norm).to(accelerator.device)  # of shards each rank has a part of it too
-    report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm)
+    own_norm, report = reduce_step(accelerator, accumulated.losses, accumulated.sigmas, grad_norm)
     # With a loss scale, step() itself leaves the weights alone on overflow and lowers the scale.
     if math.isfinite(report.loss) and (math.isfinite(report.grad_norm) or accelerator.scaler is not None):
         optimizer.step()
@@ -202,7 +202,7 @@ def update(session: Session, accumulated: Accumulated) -> tuple[float, StepRepor
         if session.ema is not None:
             session.ema.step(trained)
     optimizer.zero_grad(set_to_none=True)
-    return float(grad_norm), report
+    return own_norm, report
 
 
 def _halt_if_diverged(

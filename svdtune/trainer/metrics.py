@@ -24,8 +24,12 @@ class StepReport:
     loss_by_sigma: dict[str, float]
 
 
-def reduce_step(accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_norm: Tensor) -> StepReport:
+def reduce_step(
+    accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_norm: Tensor
+) -> tuple[float, StepReport]:
     """losses and sigmas (clips,) of this rank's clips, grad_norm (). The only place of a step that waits for the device.
+
+    Returns this rank's own gradient norm and the report.
 
     A NaN or infinity on any rank makes the sum over ranks non-finite, so every rank sees it.
     """
@@ -34,11 +38,12 @@ def reduce_step(accelerator: Accelerator, losses: Tensor, sigmas: Tensor, grad_n
     in_band = torch.where(band, losses[:, None], 0).sum(0)
     means = torch.stack([losses.mean(), grad_norm.float()])
     summed: Any = accelerator.reduce(torch.cat([means, in_band, band.sum(0).float()]), reduction="sum")
-    values = summed.tolist()
+    own, *values = torch.cat([grad_norm.float()[None], summed]).tolist()
     n, world = len(BANDS), accelerator.num_processes
     sums, counts = values[2 : 2 + n], values[2 + n :]
-    return StepReport(
+    report = StepReport(
         loss=values[0] / world,
         grad_norm=values[1] / world,
         loss_by_sigma={name: s / c for name, s, c in zip(BANDS, sums, counts, strict=True) if c},
     )
+    return own, report

@@ -73,7 +73,9 @@ def _of_cached(parts: Parts, batch: LatentBatch, draws: Draws) -> Encoded:
     with torch.no_grad():
         encoded = Encoded(
             conditioning.cached_latents(batch, draws, scaling_factor=parts.facts.scaling_factor),
-            conditioning.image_latents(parts.vae, batch.first_frame.float(), draws, chunk=parts.vae_chunk),
+            conditioning.image_latents(
+                parts.vae, conditioning.unpacked(batch.first_frame), draws, chunk=parts.vae_chunk
+            ),
             batch.image_embeds,
         )
     require(encoded, batch.axes(parts.facts))

@@ -25,6 +25,7 @@ from svdtune.data.index import index_video
 from svdtune.data.latents import read_index
 from svdtune.data.loader import collate_cached
 from svdtune.data.readers import open_reader
+from svdtune.diffusion.conditioning import unpacked
 from svdtune.diffusion.draws import fixed_draws
 from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.sample.sheet import contact_sheet
@@ -222,7 +223,7 @@ def _cached_subjects(config: Config) -> list[Subject]:
     clips = list(cached_clips(config.data, index, index.subjects, config.validation.samples))
     names = unique_names([Path(clip.name) for clip, _ in clips])
     return [
-        Subject(name, clip.tensors["first_frame"].float(), _truth(config.data, clip.name, start))
+        Subject(name, unpacked(clip.tensors["first_frame"]), _truth(config.data, clip.name, start))
         for name, (clip, start) in zip(names, clips, strict=True)
     ]
 

@@ -88,9 +88,12 @@ def test_what_is_left_out_undecoded_changes_no_bit(path: Path) -> None:
     whole = every_frame(path)
     chance = np.random.default_rng(1)
     with closing(open_reader(index, "auto")) as reader:
-        for stride in (1, 2, 5, 0):
-            numbers = (chance.integers(len(index) - 40) + stride * np.arange(8)).tolist()
-            numbers = numbers if stride else chance.integers(len(index), size=8).tolist()
+        starts = chance.integers(len(index) - 40, size=3).tolist()
+        asked = [start + stride * np.arange(8) for start, stride in zip(starts, (1, 2, 5), strict=True)]
+        asked.append(chance.integers(len(index), size=8))
+        later = np.searchsorted(index.pts, index.keyframe_pts[1:]) - 6  # over the next keyframe without a seek
+        asked += [key + 2 * np.arange(6) for key in later[(later > 0) & (later < len(index) - 12)][:1]]
+        for numbers in (each.tolist() for each in asked):
             for number, picture in zip(numbers, reader.read(numbers), strict=True):
                 assert np.array_equal(picture, whole[int(index.pts[number])]), number
 

@@ -100,7 +100,7 @@ def test_dead_layers_are_not_computed(method):
     fold(unet)
     for name, parameter in unet.named_parameters():
         if DEAD.search(name):
-            parameter.data.fill_(torch.nan)
+            parameter.data = parameter.data.new_empty(0)  # whatever computes with it fails
     arguments, keywords = inputs(unet)
     assert unet(*arguments, **keywords).sample.isfinite().all()
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,71 @@ def command(clips: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+class Worker:
+    """worker.py, started when it is needed and again after a run that ended it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, arguments: list[str], place: str | None = None) -> tuple[int, str]:
+        """Exit code and stderr of `python -m svdtune ARGUMENTS`; `place`: see signalled.py."""
+        if self._process is None:
+            command = [sys.executable, "-m", "tests.trainer.worker"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPO
+            )
+        assert self._process.stdin
+        assert self._process.stdout
+        request = {"arguments": arguments, "place": place, "out": str(self._out), "err": str(self._err)}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            self.close()
+        return int(answer or self._ended), self._err.read_text()
+
+    def close(self) -> None:
+        """Let it end."""
+        if self._process:
+            self._process.communicate(timeout=60)
+            self._ended, self._process = self._process.returncode, None
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """Runs one after the other in one process, for tests that ask for no process of their own."""
+    made = Worker(tmp_path_factory.mktemp("worker"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def train(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Path]:
-    """Run to the end in a process of its own; returns the run folder."""
+def train(command: Callable[..., list[str]], tmp_path: Path, worker: Worker) -> Callable[..., Path]:
+    """Run to the end, with a launcher in processes of its own; returns the run folder."""
 
     def run(name: str, *overrides: str, launcher: list[str] | None = None) -> Path:
-        done = start(command(name, *overrides, launcher=launcher))
-        _, err = done.communicate(timeout=300)
-        assert done.returncode == 0, err[-3000:]
+        arguments = command(name, *overrides, launcher=launcher)
+        if launcher:
+            done = start(arguments)
+            _, err = done.communicate(timeout=300)
+            code = done.returncode
+        else:
+            code, err = worker.run(arguments[arguments.index("train") :])
+        assert code == 0, err[-3000:]
         return tmp_path / name
 
     return run
 
 
+def environment() -> dict[str, str]:
+    """Of a short run."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+
+
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     """Start a command with its output kept."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=REPO, **options
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPO, **options
     )
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.load import load_config, resolved_yaml
 from svdtune.data.catalog import scan
@@ -226,17 +227,45 @@ def test_an_edited_learning_rate_and_weight_decay_apply_on_resume(session):
 
 def test_band_losses_add_up(session):
     made = session()
-    report = reduce_step(
+    own_norm, report = reduce_step(
         made.accelerator,
         torch.tensor([1.0, 3.0, 5.0, math.nan]),
         torch.tensor([0.5, 0.7, 1.0, 100.0]),
         torch.tensor(2.0),
     )
+    assert own_norm == report.grad_norm == 2.0
     assert math.isnan(report.loss)
     assert report.loss_by_sigma["0-1"] == pytest.approx(2.0)
     assert report.loss_by_sigma["1-3"] == pytest.approx(5.0)
     assert math.isnan(report.loss_by_sigma["8-inf"])
     assert "3-8" not in report.loss_by_sigma
+
+
+def test_an_update_waits_for_the_device_once(session, monkeypatch):
+    """However a value is read on the host: by Python, or below it."""
+    made, reads = session("train.ema=true", "train.accumulation=2", "train.lr=1e-3"), []
+    batches = iter(loop.loader_from(made, Position()))
+    accumulated = loop.accumulate(made, batches)
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__", "numpy", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, *a, name=name, real=real: reads.append(name) or real(t, *a))
+    with HostReads() as below:
+        loop.update(made, accumulated)
+    assert reads == ["tolist"]
+    assert below.seen == []
+
+
+class HostReads(TorchDispatchMode):
+    """Notes operators for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_trackers_get_the_numbers_and_the_run_folder_no_secret(session, config, tmp_path, monkeypatch):

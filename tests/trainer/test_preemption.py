@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from svdtune.checkpoint.store import find_latest
-from tests.trainer.conftest import REPO, losses, metrics, start
+from tests.trainer.conftest import losses, metrics, start
 
 PYTHON = sys.executable
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -153,19 +152,15 @@ def test_nothing_of_the_workers_is_heard(command, tmp_path):
 
 
 @pytest.fixture
-def at(command, tmp_path):
+def at(command, tmp_path, worker):
     """`at("place", ...)`: a run to its end, signalled at a place of signalled.py."""
 
     def run(place: str, name: str, *overrides: str) -> Ended:
         arguments = command(name, *overrides)
-        arguments[arguments.index("-m") : arguments.index("train")] = ["-m", "tests.trainer.signalled"]
         began = time.monotonic()
-        environment = {**os.environ, "SIGNALLED_AT": place, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=PATIENCE, env=environment, cwd=REPO, check=False
-        )
+        code, err = worker.run(arguments[arguments.index("train") :], place)
         status = json.loads((tmp_path / name / "status.json").read_text())
-        return Ended(tmp_path / name, status, done.stderr, done.returncode, time.monotonic() - began)
+        return Ended(tmp_path / name, status, err, code, time.monotonic() - began)
 
     return run
 

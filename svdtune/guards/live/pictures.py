@@ -59,7 +59,7 @@ def of_networks(seen: Observed, own: Numbers) -> Iterator[Relation]:
 def _of_cached(seen: Observed, batch: LatentBatch, own: Numbers) -> Iterator[Relation]:
     """With cached clips the VAE is given the noised first frame alone, and the CLIP tower nothing."""
     draws, heard, encoded = seen.draws, seen.heard, seen.result.encoded
-    first = batch.first_frame.float()[:, None]
+    first = batch.first_frame.float()[:, None] / 32767
     noisy = first[:, 0] + like(draws.noise_aug_strength, first[:, 0]) * draws.pixel_noise
     yield _condition_pixels(_all(heard.vae_pixels, first), first, noisy, draws)
     pairs = zip(batch.latents_mean.float().flatten(0, 1), batch.latents_std.float().flatten(0, 1), strict=True)
