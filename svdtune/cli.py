@@ -470,7 +470,7 @@ def _planned(config: Config) -> Config:
     """What memory.plan=auto picks on this machine; every rank finds the same, and the first says it."""
     if config.memory.plan is None:
         return config
-    from svdtune.guards.plan_verb import planned
+    from svdtune.guards.plan import planned
 
     config, told = planned(config)
     if launch.rank() == 0:

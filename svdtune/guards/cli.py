@@ -48,7 +48,7 @@ def preflight_verb(
         report, config, code = _unreadable(path, overrides, error, options), None, ConfigError.exit_code
     else:
         if config is not None and config.memory.plan is not None:
-            from svdtune.guards.plan_verb import planned
+            from svdtune.guards.plan import planned
 
             config, told = planned(config, options.device_bytes)
             print(told, file=sys.stderr)

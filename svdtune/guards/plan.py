@@ -188,6 +188,23 @@ def with_plan(config: Config, capacity: int | None) -> tuple[Config, str]:
     return planned, f"memory.plan=auto: {picked}{rounded}; {told(row.needed)} of {size}"
 
 
+def planned(config: Config, given: int | None = None) -> tuple[Config, str]:
+    """`config` with what memory.plan=auto means on this machine (or a device of `given` bytes), and what to tell of it."""
+    if config.memory.plan is None:
+        return config, ""
+    return with_plan(config, _smallest() if given is None else given)
+
+
+def _smallest() -> int | None:
+    """Of this machine's GPUs, so that its processes pick alike."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties: list[Any] = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return min(one.total_memory for one in properties)
+
+
 def told(needed: Estimate) -> str:
     """`about 12.3 GiB allocated, 14.0 GiB reserved`."""
     return f"about {needed.peak / GIB:.1f} GiB allocated, {needed.reserved / GIB:.1f} GiB reserved"

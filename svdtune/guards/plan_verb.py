@@ -6,14 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from svdtune.config.load import load_config
-from svdtune.config.schema import Config
 from svdtune.errors import UsageError
 from svdtune.guards.cli import parse_size
 from svdtune.guards.memory import GIB, device_bytes
-from svdtune.guards.plan import Changes, Planner, Row, sizes, told, with_plan
+from svdtune.guards.plan import Changes, Planner, Row, sizes, told
 from svdtune.guards.preflight import merged
 from svdtune.guards.repair import write_repaired
 
@@ -118,20 +116,3 @@ def _apply(source: Path, target: Path, overrides: Sequence[str], pick: Row | Non
     changes = merged([overrides, pick.changes])
     write_repaired(source, target, changes, option="--apply")
     print(f"{target}: {source} with {' '.join(changes) or 'no change'}", file=sys.stderr)
-
-
-def planned(config: Config, given: int | None = None) -> tuple[Config, str]:
-    """`config` with what memory.plan=auto means on this machine (or a device of `given` bytes), and what to tell of it."""
-    if config.memory.plan is None:
-        return config, ""
-    return with_plan(config, _smallest() if given is None else given)
-
-
-def _smallest() -> int | None:
-    """Of this machine's GPUs, so that its processes pick alike."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    properties: list[Any] = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return min(one.total_memory for one in properties)
