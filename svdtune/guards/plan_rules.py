@@ -7,9 +7,8 @@ in half precision and attention has another operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -31,12 +30,13 @@ def cuda_rules(*, math: bool = False) -> Iterator[None]:
     """
     rules: dict[str, Any] = {name: partial(_in_float32, getattr(F, name)) for name in _FLOAT32}
     rules["scaled_dot_product_attention"] = computed = partial(attention, math=math)
-    with ExitStack() as replaced:
-        replaced.enter_context(patch.multiple(F, **rules))
-        replaced.enter_context(patch("svdtune.model.attention.scaled_dot_product_attention", computed))
-        if find_spec("svdtune.model.offload"):
-            # What lies in the machine's memory is not on the device: here, where all is on a CPU, that is `meta`.
-            replaced.enter_context(patch("svdtune.model.offload.host_memory", partial(torch.empty_like, device="meta")))
+    # What lies in the machine's memory is not on the device: here, where all is on a CPU, that is `meta`.
+    host = partial(torch.empty_like, device="meta")
+    with (
+        patch.multiple(F, **rules),
+        patch("svdtune.model.attention.scaled_dot_product_attention", computed),
+        patch("svdtune.model.offload.host_memory", host),
+    ):
         yield
 
 

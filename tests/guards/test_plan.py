@@ -12,14 +12,16 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch.nn import functional as F
 
 from svdtune.config.load import load_config
+from svdtune.config.schema import Config
 from svdtune.errors import UsageError
 from svdtune.guards.memory import GIB
 from svdtune.guards.plan import Planner, with_plan
-from svdtune.guards.plan_ops import workspaces
+from svdtune.guards.plan_ops import Cost, workspaces
 from svdtune.guards.plan_pass import record
-from svdtune.guards.plan_record import Recorder
+from svdtune.guards.plan_record import Peak, Recorder
 from svdtune.guards.plan_replay import MIB, Allocator, Full
 from svdtune.guards.plan_rules import cuda_rules
+from svdtune.guards.plan_step import Recording
 from svdtune.guards.plan_verb import plan_verb
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import build_part, known_configs
@@ -163,29 +165,47 @@ def test_accumulated_gradients_live_through_the_step(tiny):
     assert two.peaks["forward"].bytes - one.peaks["forward"].bytes >= two.gradients > 0
 
 
-def test_the_fastest_exact_setting_is_picked_before_one_that_rounds(tiny, monkeypatch):
-    monkeypatch.setattr("svdtune.trainer.adamw.CHUNK", 2**16)  # of the tiny network it would take all at once
-    planner = Planner(
-        tiny("train.precision=bf16", "train.batch_size=4", "memory.vae_chunk=1", "validation.samples=0"), GIB
-    )
-    rows = {level: planner.row(f"memory.checkpointing={level}").needed for level in ("none", "units", "nested")}
-    assert rows["none"].peak > rows["units"].peak > rows["nested"].peak
-
-    def picked(room: int):
-        planner.capacity = room + GIB // 2
-        return planner.pick()
-
-    assert picked(rows["none"].reserved).changes == ("memory.checkpointing=none",)
-    level = picked(rows["none"].peak - MIB)
-    assert level.exact
-    assert level.changes in (("memory.checkpointing=level0",), ())
-    rounded = picked(rows["nested"].peak - 4 * MIB)
-    assert "memory.parameters=bf16" in rounded.changes
-    assert not rounded.exact
-    assert picked(MIB) is None
+LEVELS = {"none": 800, "level0": 600, "units": 400, "auto": 400, "nested": 200}
+"""MiB of a step that is made up."""
 
 
-def test_plan_auto_says_what_it_took(tiny):
+@pytest.fixture
+def made_up(monkeypatch):
+    """Recordings of steps that were not run: bf16 needs half, offloading takes 50 MiB off."""
+
+    def made(config: Config) -> Recording:
+        size = (LEVELS[config.memory.checkpointing] - 50 * config.memory.offload) * MIB
+        size = size // 2 if config.memory.parameters == "bf16" else size
+        costs = {"forward": Cost(10**12, 10**12, 10**6, 0.1, 1)}
+        return Recording(0, 0, 1000, 0, 0, 0, {"backward": Peak(size, "unet.conv_in")}, costs, [(1, size), (1, 0)], 0)
+
+    monkeypatch.setattr("svdtune.guards.plan.record", made)
+
+
+def test_the_fastest_exact_setting_is_picked_before_one_that_rounds(tiny, made_up):
+    config = tiny("train.precision=bf16", "memory.vae_chunk=1")
+
+    def picked(room: int, **how: bool) -> tuple[str, ...]:
+        row = Planner(config, room * MIB + GIB // 2).pick(**how)
+        return row.changes if row else ("nothing",)
+
+    assert picked(810) == ("memory.checkpointing=none",)
+    assert picked(700) == ("memory.checkpointing=level0",)
+    assert picked(500) == ()  # auto is units
+    assert picked(360) == ("memory.offload=true",)
+    assert picked(210) == ("memory.checkpointing=nested",)
+    assert picked(160) == ("memory.checkpointing=nested", "memory.offload=true")
+    assert picked(110) == ("memory.checkpointing=nested", "memory.parameters=bf16")
+    assert picked(10) == ("nothing",)
+    # One clip at a time is exact and no option of memory; here it needs as much.
+    config = tiny("train.batch_size=2", "train.precision=bf16", "memory.vae_chunk=1")
+    assert picked(110, beyond=True)[-1] == "memory.parameters=bf16"
+    row = Planner(config, 610 * MIB).pick()
+    assert row is not None
+    assert (row.exact, row.fits) == (False, True)
+
+
+def test_plan_auto_says_what_it_took(tiny, made_up):
     config = tiny("memory.plan=auto")
     planned, said = with_plan(config, 2 * GIB)
     assert planned.memory.checkpointing == "none"
@@ -196,11 +216,9 @@ def test_plan_auto_says_what_it_took(tiny):
     assert (same, "no GPU is visible" in said) == (config, True)
 
 
-def test_the_verb_prints_rows_and_writes_the_pick(tmp_path, capsys, monkeypatch):
+def test_the_verb_prints_rows_and_writes_the_pick(tmp_path, capsys, made_up):
     source, target = tmp_path / "a.yaml", tmp_path / "b.yaml"
     source.write_text(TINY.read_text())
-    monkeypatch.setattr("svdtune.guards.plan_verb.sizes", lambda _: [])
-    monkeypatch.setattr("svdtune.guards.plan._LEVELS", (("none", False), ("units", False)))
     plan_verb(source, [], gpu="2GiB", apply=target, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert told["pick"]["changes"] == ["memory.checkpointing=none"]

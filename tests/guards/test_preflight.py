@@ -441,7 +441,7 @@ class Watched:
 def test_the_step_is_rehearsed_again_only_where_a_patch_changes_what_it_reads(tiny, monkeypatch):
     watched = Watched(tiny())
     shapes.rehearse(watched)
-    sizes = {"data.num_frames", "data.height", "data.width"}
+    sizes = {"data.num_frames", "data.height", "data.width", "data.latents"}
     whole = {"run", "model", "conditioning", "adapt", "train", "memory", "validation"}
     assert {name for name in watched.read if name.partition(".")[0] not in whole} == sizes
     rehearsed = []
