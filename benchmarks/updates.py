@@ -19,7 +19,7 @@ from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.contracts import Draws, LatentBatch, VideoBatch, specs
 from svdtune.model.load import ModelParts, fake_model, known_configs
-from svdtune.trainer.build import DTYPES, clip_pixels, prepare_networks
+from svdtune.trainer.build import DTYPES, clip_pixels, for_samples_alone, prepare_networks
 from svdtune.trainer.optimizer import make_learning
 from svdtune.trainer.step import Parts, train_step
 
@@ -69,8 +69,8 @@ def memory() -> dict[str, float]:
 def our_update(config: Config, where: torch.device) -> Callable[[], None]:
     """svdtune's update of one micro-step as `config` says: train_step, backward, clipping, the optimizer's step, averages."""
     model: Any = random_model(config, where)
-    if config.data.latents:
-        model.image_encoder.to("meta")  # as in training, the tower is not on the device
+    for part in for_samples_alone(model, config):
+        part.to("meta")  # as in training, not on the device
     trained = prepare_networks(model, config, on_accelerator=where.type != "cpu", compiled=config.train.compile)
     model.unet.to(where)
     learning = make_learning(config, trained, where)

@@ -22,6 +22,7 @@ from svdtune.guards.plan_replay import Allocator, Full
 from svdtune.guards.plan_sample import held, once, sampled
 from svdtune.launch import world_size
 from svdtune.trainer.adamw import CHUNK
+from svdtune.trainer.build import for_samples_alone
 from svdtune.trainer.optimizer import make_optimizer, state_bytes
 from svdtune.trainer.step import Parts
 
@@ -99,6 +100,7 @@ class Rehearsed:
     def __init__(self, config: Config, parts: Parts, trained: Mapping[str, nn.Parameter], *, gpu: bool = True) -> None:
         self.config, self.trained, self.gpu = config, dict(trained), gpu
         self.parts = replace(parts, vae_chunk=config.memory.vae_chunk)
+        self.later = for_samples_alone(parts, config)
         self.recorder = Recorder({"unet": parts.unet, "vae": parts.vae, "image_encoder": parts.image_encoder}, gpu=gpu)
         self.count = sum(parameter.numel() for parameter in self.trained.values())
         self.optimizing: Any = None
@@ -113,7 +115,7 @@ class Rehearsed:
         recorder, parts = self.recorder, self.parts
         recorder.phase = "start"
         self._hold(BLAS if self.gpu else 0)
-        networks = (parts.unet, parts.vae) if self.config.data.latents else (parts.unet, parts.vae, parts.image_encoder)
+        networks = [part for part in (parts.unet, *parts.vae.children(), parts.image_encoder) if part not in self.later]
         self.weights = recorder.hold(tensor for network in networks for tensor in held(network))
         already = recorder.live
         self._learning()
@@ -155,9 +157,8 @@ class Rehearsed:
         validation = self.config.validation
         if validation.images or validation.samples:
             recorder.phase = "sample"
-            if self.config.data.latents:  # the tower comes for as long as videos are made
-                with recorder.watching():
-                    recorder.hold(held(self.parts.image_encoder))
+            with recorder.watching():
+                recorder.hold(tensor for part in self.later for tensor in held(part))
             recorder.repeat(sampled(self.config, self.parts))
         peaks = {phase: peak for phase, peak in recorder.peaks.items() if phase not in ("", "start")}
         unet = self.parts.unet

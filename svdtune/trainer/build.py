@@ -124,8 +124,10 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
         require_learning(model.widening, trained, config.adapt.method)
         if accelerator.is_main_process:
             print(*model.widening.said, sep="\n", file=sys.stderr)
-    for network in (model.vae,) if config.data.latents else (model.vae, model.image_encoder):
-        network.to(accelerator.device)  # pyright: ignore[reportArgumentType]
+    later = for_samples_alone(model, config)
+    for part in (*model.vae.children(), model.image_encoder):
+        if part not in later:
+            part.to(accelerator.device)
     shards = sharding() if torch.distributed.is_initialized() else None
     if shards:  # parts go to the device, the whole never does
         trained = shard(model.unet, trained, shards, accelerator.device)
@@ -153,8 +155,13 @@ def build(config: Config, accelerator: Accelerator, folder: RunFolder, catalog: 
     )
 
 
+def for_samples_alone(model: ModelParts | Parts, config: Config) -> tuple[Any, ...]:
+    """What training does not ask: with cached clips CLIP tower and VAE decoder, which wait on the CPU for sample videos."""
+    return (model.image_encoder, model.vae.decoder) if config.data.latents else ()
+
+
 def networks_of(config: Config) -> tuple[str, ...]:
-    """The networks that a run needs. With cached clips the CLIP tower is for sample videos alone, and waits on the CPU for them."""
+    """The networks that a run needs. With cached clips the CLIP tower is for sample videos alone."""
     samples = bool(config.validation.images or config.validation.samples)
     return ("unet", "vae", "image_encoder") if samples or not config.data.latents else ("unet", "vae")
 

@@ -31,7 +31,7 @@ from svdtune.sample.sampler import SampleSettings, build_pipeline, sample_video
 from svdtune.sample.sheet import contact_sheet
 from svdtune.sample.video import read_image, write_mp4
 from svdtune.trainer.agreement import Agreement
-from svdtune.trainer.build import Session
+from svdtune.trainer.build import Session, for_samples_alone
 from svdtune.trainer.sharding import gathered
 from svdtune.trainer.step import denoise, encode
 
@@ -154,7 +154,7 @@ class Validator:
         pipeline = build_pipeline(model.unet, model.vae, model.image_encoder, dict(model.configs.scheduler),
                                   dict(model.configs.feature_extractor))  # fmt: skip
         settings, seed = SampleSettings.from_config(session.config), session.config.run.seed
-        with _tower_at_hand(session):
+        with at_hand(session):
             return sample_video(pipeline, subject.image, settings, seed=seed, on_step=self._on_step)
 
     def _decode(self, count: int, *, fall_back: bool = False) -> list[VideoBatch]:
@@ -186,15 +186,16 @@ def inference(session: Session) -> Iterator[None]:
 
 
 @contextmanager
-def _tower_at_hand(session: Session) -> Iterator[None]:
-    """The CLIP tower on the device; with cached clips it is there for this alone."""
-    tower: Any = session.model.image_encoder
-    tower.to(session.accelerator.device)
+def at_hand(session: Session) -> Iterator[None]:
+    """What sample videos alone need, on the device inside."""
+    parts = for_samples_alone(session.model, session.config)
+    for part in parts:
+        part.to(session.accelerator.device)
     try:
         yield
     finally:
-        if session.config.data.latents:
-            tower.to("cpu")
+        for part in parts:
+            part.to("cpu")
 
 
 def sample_folder(session: Session, step: int) -> Path:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from svdtune.trainer.signals import StopWish
 from svdtune.trainer.staleness import require_cache
 from svdtune.trainer.state import Position
 from svdtune.trainer.step import train_step
-from svdtune.trainer.validate import inference
+from svdtune.trainer.validate import at_hand, inference
 from svdtune.trainer.watch import Watch
 from tests.trainer.conftest import REPO, SHORT, metrics
 
@@ -417,3 +418,25 @@ def test_a_file_counts_only_when_all_its_windows_are_there(own, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         caching.make_cache(own)
     assert caching.assemble(own, wanted, index.settings) is None
+
+
+class Moved(torch.nn.Module):
+    """Notes where it is sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def to(self, device):
+        self.places.append(str(device))
+        return self
+
+
+@pytest.mark.parametrize("latents", ["latents", None])
+def test_decoder_and_tower_come_for_sample_videos_alone(latents):
+    decoder, tower = Moved(), Moved()
+    model = SimpleNamespace(vae=SimpleNamespace(decoder=decoder), image_encoder=tower)
+    config = SimpleNamespace(data=SimpleNamespace(latents=latents))
+    with at_hand(SimpleNamespace(model=model, config=config, accelerator=SimpleNamespace(device="cuda"))):
+        assert decoder.places == tower.places == (["cuda"] if latents else [])
+    assert decoder.places == tower.places == (["cuda", "cpu"] if latents else [])
