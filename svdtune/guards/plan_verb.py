@@ -1,4 +1,4 @@
-"""The verb `plan`: what a run needs, which settings fit, and the fastest of them written into the YAML; and what `train` asks of it."""
+"""The verb `plan`: what a run needs, which settings fit, and the fastest of them written into the YAML."""
 
 from __future__ import annotations
 
