@@ -71,6 +71,8 @@ def run_at(place, arguments):
              (run, "_export"))  # fmt: skip
     before = [(home, name, vars(home)[name]) for home, name in homes]
     argv = sys.argv
+    # Where the tests run in the background of a shell, Ctrl-C is ignored from the start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if place is not None:
             run.listen = functools.partial(listen, grace=2.0 if place == "stuck" else 60.0, echo=0.5)
