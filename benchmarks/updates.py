@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import torch
 
-from svdtune.config.load import resolved_yaml
 from svdtune.config.schema import Config
 from svdtune.contracts import Draws, LatentBatch, VideoBatch, specs
 from svdtune.model.load import ModelParts, fake_model, known_configs
@@ -125,11 +124,6 @@ def unfolded() -> Iterator[None]:
     """The UNet with its whole one-key cross-attention, as diffusers computes it."""
     with patch("svdtune.trainer.build.fold", lambda _unet: None):
         yield
-
-
-def changed(config: Config) -> list[str]:
-    """The lines of the configuration that a result depends on."""
-    return [line for line in resolved_yaml(config).splitlines() if line]
 
 
 def _reset() -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from svdtune.config.schema import Config
 from svdtune.guards.plan_ops import Cost
-from svdtune.guards.plan_step import Recording
 
 STEP = ("encode", "forward", "backward", "recompute", "optimizer")
 
@@ -43,28 +42,13 @@ class StepCost:
         return self.of("forward", "backward").model_flops
 
     @property
-    def bytes(self) -> int:
-        """Read and written by all operators, one after another."""
-        return self.of(*STEP).bytes
-
-    @property
     def seconds(self) -> float:
         """The eager roofline: each operator as fast as arithmetic and memory of an H100 allow, none overlapping another."""
         return self.of(*STEP).seconds
-
-    @property
-    def unet_seconds(self) -> float:
-        """The same without the encoders."""
-        return self.of(*STEP[1:]).seconds
-
-
-def cost_of_recording(recording: Recording) -> StepCost:
-    """What a recorded step cost."""
-    return StepCost(recording.costs)
 
 
 def step_cost(config: Config) -> StepCost:
     """Record the step of `config`, and account for it. Raises what building or running the step raises."""
     from svdtune.guards.plan_pass import record
 
-    return cost_of_recording(record(config))
+    return StepCost(record(config).costs)

@@ -13,7 +13,7 @@ from svdtune.config.load import with_overrides
 from svdtune.config.schema import Config
 from svdtune.engine import sharding
 from svdtune.errors import SvdtuneError
-from svdtune.guards.cost import StepCost, cost_of_recording
+from svdtune.guards.cost import StepCost
 from svdtune.guards.memory import CONTEXT, GIB, Estimate, estimate
 from svdtune.guards.plan_ops import H100
 from svdtune.guards.plan_pass import record
@@ -76,7 +76,7 @@ class Planner:
         """The configuration with `changes`. Raises ConfigError for one that the configuration refuses."""
         config = with_overrides(self.config, list(changes)) if changes else self.config
         recording = self._of(config)
-        needed, cost = self._needed(recording), cost_of_recording(recording)
+        needed, cost = self._needed(recording), StepCost(recording.costs)
         exact = config.memory.parameters == self.config.memory.parameters and (
             config.train.optimizer == self.config.train.optimizer
         )

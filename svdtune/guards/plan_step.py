@@ -30,9 +30,8 @@ BLAS = 2 * 2**25
 """cuBLAS keeps 32 MiB for each of the two threads that multiply: that of the forward and that of the backward pass."""
 _REPEATS = 3
 """Steps that the allocator is put through: from the second on it has the blocks that it will keep."""
-
-
 _APART = 10**9
+"""Between the numbers of one step's storages and the next's."""
 
 
 @dataclass(frozen=True)

@@ -54,32 +54,29 @@ def encode(parts: Parts, batch: Batch, draws: Draws) -> Encoded:
     axes = batch.axes(parts.facts)
     require(batch, axes)
     require(draws, axes)
-    if isinstance(batch, LatentBatch):
-        return _of_cached(parts, batch, draws)
-    first_frame = batch.pixels[:, 0]
     with torch.no_grad():
-        encoded = Encoded(
-            conditioning.target_latents(
-                parts.vae, batch, draws, scaling_factor=parts.facts.scaling_factor, chunk=parts.vae_chunk
-            ),
-            conditioning.image_latents(parts.vae, first_frame, draws, chunk=parts.vae_chunk),
-            conditioning.image_embeds(parts.image_encoder, first_frame, parts.clip),
-        )
+        if isinstance(batch, LatentBatch):
+            encoded = _of_cached(parts, batch, draws)
+        else:
+            first_frame = batch.pixels[:, 0]
+            encoded = Encoded(
+                conditioning.target_latents(
+                    parts.vae, batch, draws, scaling_factor=parts.facts.scaling_factor, chunk=parts.vae_chunk
+                ),
+                conditioning.image_latents(parts.vae, first_frame, draws, chunk=parts.vae_chunk),
+                conditioning.image_embeds(parts.image_encoder, first_frame, parts.clip),
+            )
     require(encoded, axes)
     return encoded
 
 
 def _of_cached(parts: Parts, batch: LatentBatch, draws: Draws) -> Encoded:
-    with torch.no_grad():
-        encoded = Encoded(
-            conditioning.cached_latents(batch, draws, scaling_factor=parts.facts.scaling_factor),
-            conditioning.image_latents(
-                parts.vae, conditioning.unpacked(batch.first_frame), draws, chunk=parts.vae_chunk
-            ),
-            batch.image_embeds,
-        )
-    require(encoded, batch.axes(parts.facts))
-    return encoded
+    first_frame = conditioning.unpacked(batch.first_frame)
+    return Encoded(
+        conditioning.cached_latents(batch, draws, scaling_factor=parts.facts.scaling_factor),
+        conditioning.image_latents(parts.vae, first_frame, draws, chunk=parts.vae_chunk),
+        batch.image_embeds,
+    )
 
 
 def denoise(parts: Parts, encoded: Encoded, batch: Batch, draws: Draws) -> StepResult:
