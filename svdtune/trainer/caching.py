@@ -70,11 +70,13 @@ class Wanted:
 def make_cache(config: Config, *, rank: int = 0, world: int = 1, device: str = "cpu") -> str:
     """Encode this process's share of what is missing in `data.latents`; says what was done.
 
-    Raises ConfigError without data.latents, DataError as training's loader does, and when the disk is full.
+    Raises ConfigError without a data.latents that can be a folder, DataError as training's loader does, and when the disk is full.
     """
     if config.data.latents is None:
         raise ConfigError("data.latents: got null, expected a folder for the encoded clips: data.latents=latents/")
-    folder, wanted = Path(config.data.latents), wanted_windows(config, scan(config.data))
+    folder = Path(config.data.latents)
+    _require_folder(folder)
+    wanted = wanted_windows(config, scan(config.data))
     networks = network_hashes(config)
     settings = {**settings_of(config), **networks}
     share = wanted.files[rank::world]
@@ -87,6 +89,16 @@ def make_cache(config: Config, *, rank: int = 0, world: int = 1, device: str = "
         return f"{made}; other processes still encode their share: the last one to end writes the index"
     _publish(view(folder, config) / INDEX, as_json(index))
     return f"{made}; {_told(folder, index)}"
+
+
+def _require_folder(folder: Path) -> None:
+    """Before anything is read or loaded for it."""
+    try:
+        (folder / "clips").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.latents: {folder} cannot be a folder for the encoded clips ({error.strerror}). Name another folder."
+        ) from error
 
 
 def run_cache(config: Config) -> str:

@@ -384,6 +384,13 @@ def test_without_a_folder_it_says_which_option_is_missing(config):
         caching.make_cache(live(config()))
 
 
+def test_a_file_in_the_folders_place_is_told_before_anything_is_loaded(own, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(caching, "scan", lambda *_: pytest.fail("clips were looked at first"))
+    with pytest.raises(ConfigError, match=r"data\.latents: .*file cannot be a folder .*Not a directory"):
+        caching.make_cache(with_overrides(own, [f"data.latents={tmp_path / 'file'}"]))
+
+
 def test_the_verb(own, monkeypatch, capsys, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(resolved_yaml(own))
