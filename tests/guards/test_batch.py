@@ -11,7 +11,7 @@ from svdtune.data import loader
 from svdtune.diffusion import draws
 from svdtune.guards.clips import check_clips
 
-_video_batch, _draw_one = loader._video_batch, draws._draw_one
+_record, _draw_one = loader._record, draws._draw_one
 
 
 def test_sound_clips_give_a_sound_batch(tiny):
@@ -29,11 +29,11 @@ def test_sound_clips_give_a_sound_batch(tiny):
     ],
 )
 def test_a_loader_that_gives_something_else(tiny, monkeypatch, change, where, got):
-    def broken(answer):
-        batch = _video_batch(answer)
+    def broken(*args):
+        batch = _record(*args)
         return replace(batch, **{name: make(getattr(batch, name)) for name, make in change.items()})
 
-    monkeypatch.setattr(loader, "_video_batch", broken)
+    monkeypatch.setattr(loader, "_record", broken)
     [found] = check_clips(tiny())
     assert (found.code, found.where) == ("DAT311", where)
     assert found.got.startswith(got)
@@ -44,11 +44,11 @@ def test_a_loader_that_gives_something_else(tiny, monkeypatch, change, where, go
     [([0, 1, 2, 3, 4, 5, 6, 6], 0, ""), ([0, 0, 1, 1, 2, 3, 4, 5], 2, "fewer pictures"), ([0] * 8, 7, "nothing moves")],
 )
 def test_pictures_that_are_shown_again(tiny, monkeypatch, pictures, same, why):
-    def held(answer):
-        batch = _video_batch(answer)
+    def held(*args):
+        batch = _record(*args)
         return replace(batch, pixels=batch.pixels[:, pictures])
 
-    monkeypatch.setattr(loader, "_video_batch", held)
+    monkeypatch.setattr(loader, "_record", held)
     # The file itself shows each picture once, which is another finding.
     found = [finding for finding in check_clips(tiny()) if finding.code != "SEM521"]
     if not same:
