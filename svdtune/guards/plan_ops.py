@@ -15,11 +15,14 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 _FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward
-_ATTENTION_BACKWARD = {_FLASH_BACKWARD, aten._scaled_dot_product_efficient_attention_backward}
+_EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward
+_ATTENTION_BACKWARD = {_FLASH_BACKWARD, _EFFICIENT_BACKWARD}
 _CONVOLUTION = {aten.convolution, aten.convolution_backward}
 _NOTHING = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.lift_fresh}
 _ROWS = 128
 """Flash attention's backward pass rounds the number of queries up to its block."""
+_LOCK = 16
+"""Bytes beside each block of the queries' gradient in the memory-efficient backward pass."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,12 @@ def workspaces(func: Any, args: Any) -> Iterable[int]:
         b, h, s, d = args[1].shape
         rows, width = _up(s, _ROWS), _up(d, 32 if d <= 128 else 64)
         return b * h * rows * width * 4, b * h * rows * 4
+    if func.overloadpacket is _EFFICIENT_BACKWARD:
+        # torch's attention_backward.cu and kernel_backward.h, of compute capability 8.0 and up: the same, in square blocks.
+        b, h, s, d = args[1].shape
+        side = 64 if d <= 64 else 128
+        blocks = _up(s, side) * _up(d, side) // side**2
+        return b * h * blocks * (side * side * 4 + _LOCK), b * h * s * 4
     return ()
 
 

@@ -19,7 +19,7 @@ def record(config: Config, *, gpu: bool = True) -> Recording:
     with stage(config, model) as built:
         rehearsed = Rehearsed(config, built.parts, built.trained, gpu=gpu)
         axes = user_axes(config, built.parts.facts)
-        with cuda_rules(math=config.memory.attention == "math") if gpu else nullcontext():
+        with cuda_rules() if gpu else nullcontext():
             rehearsed.before()
             with rehearsed.step():
                 batch, draws = fake_record(batch_of(config), axes), fake_record(Draws, axes)

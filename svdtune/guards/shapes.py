@@ -146,7 +146,7 @@ def _run_both(config: Config, built: Built) -> Rehearsal:
     ]
     facts = built.parts.facts
     rehearsed = Rehearsed(config, built.parts, built.trained)
-    with cuda_rules(math=config.memory.attention == "math"):
+    with cuda_rules():
         rehearsed.before()
         with rehearsed.step(), Strict():
             failed = _attempt(replace(built, parts=rehearsed.parts), user_axes(config, facts))

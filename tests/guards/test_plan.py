@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.models.attention_processor import Attention
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune.config.load import load_config
 from svdtune.config.schema import Config
@@ -23,6 +25,7 @@ from svdtune.guards.plan_replay import MIB, Allocator, Full
 from svdtune.guards.plan_rules import cuda_rules
 from svdtune.guards.plan_step import Recording
 from svdtune.guards.plan_verb import plan_verb
+from svdtune.model.attention import Backend, Kernel, SelfAttention, attend
 from svdtune.model.fake import fake_tensors
 from svdtune.model.load import build_part, known_configs
 from svdtune.trainer.optimizer import make_optimizer, state_bytes
@@ -82,22 +85,68 @@ def test_autocast_follows_cuda_inside_and_the_cpu_outside():
         assert F.layer_norm(x, (8,)).dtype == torch.bfloat16
 
 
+def backward_of(backend: Backend, *, temporal: bool) -> set[str]:
+    """Names of the attention operators that the backward pass of one layer runs."""
+    ran: set[str] = set()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    layer = Attention(query_dim=128, heads=2, dim_head=64)
+    layer.set_processor(SelfAttention(backend, temporal, None))
+    with fake_tensors(layer), cuda_rules(), Names(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.empty(4, 25, 128, requires_grad=True)).sum().backward()
+    return {name.removeprefix("_scaled_dot_product_") for name in ran if "attention_backward" in name}
+
+
+@pytest.mark.parametrize(
+    ("backend", "spatial", "temporal"),
+    [
+        ("auto", {"flash_attention_backward"}, {"efficient_attention_backward"}),
+        ("flash", {"flash_attention_backward"}, {"efficient_attention_backward"}),
+        ("cudnn", {"flash_attention_backward"}, {"efficient_attention_backward"}),
+        ("xformers", {"efficient_attention_backward"}, {"efficient_attention_backward"}),
+        ("sdpa", {"flash_attention_backward"}, {"flash_attention_backward"}),
+        ("math", set(), set()),
+    ],
+)
+def test_the_kernel_is_the_one_that_memory_attention_takes_on_a_gpu(backend, spatial, temporal):
+    assert backward_of(backend, temporal=False) == spatial
+    assert backward_of(backend, temporal=True) == temporal
+
+
+def test_a_gpu_before_ampere_has_no_flash_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    assert backward_of("auto", temporal=False) == backward_of("sdpa", temporal=True) == {"efficient_attention_backward"}
+
+
 def test_attention_makes_no_matrix_of_tokens_by_tokens():
-    def peak(math: bool) -> int:
+    def peak(kernel: Kernel) -> int:
         recorder = Recorder()
-        with fake_tensors(), cuda_rules(math=math), recorder.watching():
+        with fake_tensors(), cuda_rules(), recorder.watching():
             q = torch.empty(1, 1, 4096, 64, dtype=torch.bfloat16, requires_grad=True)
-            F.scaled_dot_product_attention(q, q, q).sum().backward()
+            attend(q, q, q, kernel).sum().backward()
         return recorder.peak
 
-    assert peak(math=False) < 10 * MIB < 60 * MIB < peak(math=True)
+    assert max(peak("flash"), peak("efficient")) < 10 * MIB < 60 * MIB < peak("math")
 
 
-def test_flash_backward_has_its_float32_queries():
-    """25 tokens are computed as 128: more than the activations themselves in temporal layers."""
+@pytest.mark.parametrize(
+    ("kernel", "held"),
+    [
+        # 25 tokens are computed as 128: more than the activations themselves in temporal layers.
+        ("flash", 128 * 64 * 4 + 128 * 4),
+        # As one block of 64 x 64 with a lock, and the row sums.
+        ("efficient", 64 * 64 * 4 + 16 + 25 * 4),
+    ],
+)
+def test_a_backward_pass_has_its_float32_queries(kernel, held):
     q = torch.empty(9216, 5, 25, 64, dtype=torch.bfloat16, device="meta")
-    op = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-    assert sum(workspaces(op, (q, q, q, q))) == 9216 * 5 * 128 * (64 + 1) * 4
+    op = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention_backward").default
+    assert sum(workspaces(op, (q, q, q, q))) == 9216 * 5 * held
 
 
 def test_storages_are_counted_once_rounded_and_until_they_die():
