@@ -22,20 +22,14 @@ MULTI_GPU_CONFIG = str(REPOSITORY / "configs" / "accelerate" / "multi_gpu.yaml")
 
 SPELLINGS: dict[str, tuple[int, list[str]]] = {
     "svdtune": (1, CONSOLE_SCRIPT),
-    "python -m svdtune": (1, [PYTHON, "-m", "svdtune"]),
     "accelerate launch svdtune": (1, [*ACCELERATE, "svdtune"]),
-    "accelerate launch -m svdtune": (1, [*ACCELERATE, "-m", "svdtune"]),
     "torchrun --nproc_per_node 2": (2, [*TORCHRUN, "--nproc_per_node", "2", "-m", "svdtune"]),
-    "accelerate launch --multi_gpu --num_processes 2": (
-        2,
-        [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "svdtune"],
-    ),
-    "accelerate launch --cpu --num_processes 2": (2, [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "svdtune"]),
     "accelerate launch --config_file multi_gpu.yaml": (
         2,
         [*ACCELERATE, "--config_file", MULTI_GPU_CONFIG, "--main_process_port", "0", "svdtune"],
     ),
 }
+"""The others train in tests/trainer/test_preemption.py until a signal comes; test_launch.py has all of them, with a payload of seconds."""
 
 
 @pytest.fixture(scope="module")
