@@ -61,7 +61,8 @@ def _computed(
     if kernel == "math":
         return compute(query, key, value, kernel)
     if kernel in ("efficient", "xformers"):
-        return _efficient(*_cast(query, key, value))
+        query, key, value = _cast(query, key, value)
+        return _efficient(query, key, value)
     return chosen(query, key, value)
 
 

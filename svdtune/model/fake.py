@@ -30,7 +30,7 @@ class _Mode(FakeTensorMode):
     torch makes the cache's key of seventeen facts of each tensor, most of them about sparse, quantised and symbolic ones.
     """
 
-    def _prep_args_for_hash(self, result: list[object], args: Any, *rest: Any) -> None:
+    def _prep_args_for_hash(self, result: list[object], args: Any, *rest: Any, **named: Any) -> None:
         if type(args) is dict:
             args = tuple(args.items())
         result.append(len(args))
@@ -42,9 +42,9 @@ class _Mode(FakeTensorMode):
             elif kind in _PLAIN:
                 result += (kind, arg)
             elif kind in (tuple, list, dict):
-                self._prep_args_for_hash(result, arg, *rest)
+                self._prep_args_for_hash(result, arg, *rest, **named)
             else:
-                super()._prep_args_for_hash(result, (arg,), *rest)
+                super()._prep_args_for_hash(result, (arg,), *rest, **named)
 
 
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
