@@ -127,7 +127,7 @@ CONFIGURATION = [
     _options("fp16 without a GPU", "G01 G18", "train.precision=fp16", topic=("ENV", "CFG", "NUM")),
     _options("8-bit AdamW without a GPU", "H10", "train.optimizer=adamw8bit", topic=("ENV", "CFG")),
     _options("a bridge where none is needed", "own", "conditioning.bridge=linear", topic=("CFG", "CKP")),
-    _options("guidance without dropout", "own", "conditioning.dropout=0", kind="silent", topic=("CFG", "SEM"), warning=True),
+    _options("guidance without dropout", "own", "conditioning.dropout=0", "validation.samples=1", kind="silent", topic=("CFG", "SEM"), warning=True),
     Mutation("run.dir is a file", "file", ("CFG", "ENV"), "own", _run_dir_is_a_file),
     Mutation("more than this machine's memory", "shape", ("MEM",), "L01 L06", _more_than_memory, warning_is_enough=True),
     _options("DoRA without LoRA", "own", "adapt.dora=true", kind="silent"),
