@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 REPO = Path(__file__).parents[2]
-SHORT = ["train.precision=no", "data.num_frames=4", "data.workers=0", "run.threads=1", "train.log_interval=1",
-         "train.warmup=0", "train.schedule=constant", "validation.samples=0", "validation.clips=0"]  # fmt: skip
+SHORT = ["train.precision=no", "data.num_frames=4", "data.height=32", "data.width=48", "data.workers=0", "run.threads=1",
+         "train.log_interval=1", "train.warmup=0", "train.schedule=constant", "validation.samples=0", "validation.clips=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ def session(config, tmp_path):
 
 def _base(videos: Path, model: Path, latents: Path) -> list[str]:
     return [f"model.pretrained={model}", "model.variant=null", f"data.root={videos}", f"data.latents={latents}",
-            *SHORT, "data.num_frames=3", "data.height=32", "data.width=48", "train.batch_size=2", "train.accumulation=1",
+            *SHORT, "data.num_frames=3", "train.batch_size=2", "train.accumulation=1",
             "adapt.method=lora", "adapt.rank=2", "data.windows=2", "data.flip=true", "validation.clips=3",
             "validation.sigmas=[0.5,5]"]  # fmt: skip
 

@@ -29,7 +29,7 @@ ENGINES = {
     "ddp": [*LAUNCH, "--config_file", "configs/accelerate/multi_gpu.yaml", "--main_process_port", "0"],
     "fsdp2": [*LAUNCH, "--config_file", "configs/accelerate/fsdp2.yaml", "--main_process_port", "0"],
 }
-SMALL = ["data.num_frames=2", "data.height=32", "data.width=48", "preflight.enabled=false"]
+SMALL = ["data.num_frames=2", "preflight.enabled=false"]
 EMA = ["train.accumulation=2", "train.ema=true", "train.lr=1e-4"]
 HELD_OUT = [
     "validation.clips=3",

@@ -42,7 +42,7 @@ def config(clips, svd_folder, tmp_path):
         return load_config(
             REPO / "configs/tiny.yaml",
             [f"model.pretrained={svd_folder}", "model.variant=null", f"data.root={clips}", f"run.dir={tmp_path}", "run.name=r",
-             *SHORT, "data.num_frames=3", "data.height=32", "data.width=48", "train.batch_size=2", "train.accumulation=1",
+             *SHORT, "data.num_frames=3", "train.batch_size=2", "train.accumulation=1",
              "adapt.method=lora", "adapt.rank=2", *overrides],
         )  # fmt: skip
 

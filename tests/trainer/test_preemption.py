@@ -118,7 +118,8 @@ SPELLINGS = {
         2,
     ),
 }
-LONG = ["train.steps=2000", "checkpoint.interval=2000", "adapt.method=lora", "adapt.rank=2", "train.batch_size=1"]
+SMALL = ["data.num_frames=2", "adapt.method=lora", "adapt.rank=2", "train.batch_size=1"]
+LONG = ["train.steps=2000", "checkpoint.interval=2000", *SMALL]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -165,8 +166,7 @@ def at(command, tmp_path, worker):
     return run
 
 
-EIGHT = ["train.steps=3", "train.accumulation=8", "train.batch_size=1", "checkpoint.interval=1000", "adapt.method=lora",
-         "adapt.rank=2", "train.lr=1e-2"]  # fmt: skip
+EIGHT = ["train.steps=3", "train.accumulation=8", "checkpoint.interval=1000", "train.lr=1e-2", *SMALL]
 
 
 def test_cut_in_mid_accumulation_and_resumed_equals_uninterrupted(at):

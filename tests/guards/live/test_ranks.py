@@ -254,7 +254,7 @@ def found(clips, tmp_path_factory) -> list[dict[str, list[dict]]]:
     out = tmp_path_factory.mktemp("ranks")
     script = [sys.executable, *TORCHRUN, str(Path(__file__).with_name("rank_script.py")), str(out)]
     config = [str(REPO / "configs/tiny.yaml"), f"data.root={clips}", *SHORT, "train.steps=1", "train.accumulation=2",
-              "train.batch_size=1", "data.height=32", "data.width=48"]  # fmt: skip
+              "train.batch_size=1"]  # fmt: skip
     process = start([*script, *config])
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]

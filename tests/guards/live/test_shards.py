@@ -22,7 +22,7 @@ def found(clips, tmp_path_factory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("shards")
     script = [sys.executable, *TORCHRUN, str(Path(__file__).with_name("shard_script.py")), str(out)]
     config = [str(REPO / "configs/tiny.yaml"), f"data.root={clips}", *SHORT, "train.steps=2", "train.accumulation=2", "train.ema=true",
-              "train.batch_size=1", "data.num_frames=2", "data.height=32", "data.width=48", "memory.checkpointing=diffusers"]  # fmt: skip
+              "train.batch_size=1", "data.num_frames=2", "memory.checkpointing=diffusers"]  # fmt: skip
     fsdp2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*script, *config], capture_output=True, text=True, timeout=600, env={**os.environ, **fsdp2}, cwd=REPO
