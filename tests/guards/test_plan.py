@@ -68,11 +68,16 @@ def full_size(frames: int, height: int, width: int) -> dict[str, float]:
     return {phase: cost.model_flops / 1e12 for phase, cost in recorder.costs.items()}
 
 
-def test_flops_are_those_of_the_table():
-    """PERFORMANCE section 3, attention counted as six products: 79.95 forwards, 239.72 in all."""
-    flops = full_size(25, 576, 1024)
-    assert flops["forward"] == pytest.approx(79.95, rel=1e-3)
-    assert flops["forward"] + flops["backward"] == pytest.approx(239.72, rel=1e-3)
+@pytest.mark.parametrize(
+    ("size", "forward", "both"),
+    [((25, 576, 1024), 79.95, 239.72), ((14, 320, 512), 10.71, 32.09)],
+    ids=["native", "small"],
+)
+def test_flops_are_those_of_the_table(size, forward, both):
+    """PERFORMANCE section 3, attention counted as six products."""
+    flops = full_size(*size)
+    assert flops["forward"] == pytest.approx(forward, rel=1e-3)
+    assert flops["forward"] + flops["backward"] == pytest.approx(both, rel=1e-3)
 
 
 def test_autocast_follows_cuda_inside_and_the_cpu_outside():
