@@ -43,7 +43,7 @@ def train(kind: str, runs: Path, clips: Path, *, name: str = "run", killed_befor
 
 
 QUICK = ["train.steps=3", "checkpoint.interval=1", "checkpoint.keep=1", "train.batch_size=1", "train.warmup=0",
-         "adapt.method=lora", "adapt.rank=2", "data.num_frames=4", "data.workers=0", "run.threads=1",
+         "adapt.method=lora", "adapt.rank=2", "data.num_frames=2", "data.height=32", "data.width=48", "data.workers=0", "run.threads=1",
          "validation.samples=0", "validation.clips=0"]  # fmt: skip
 KILLS = {
     "gcsfuse": [
