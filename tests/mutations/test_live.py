@@ -23,6 +23,7 @@ from svdtune.trainer.run_folder import RunFolder
 from svdtune.trainer.state import Position
 from tests.mutations.live_cases import BATCH, FRESH, GRADIENTS, MEANING
 from tests.mutations.sandbox import Mutation, Sandbox, Sound, base_overrides
+from tests.mutations.share import share
 from tests.mutations.value_cases import VALUE_MUTATIONS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -81,14 +82,14 @@ def refused(findings: list[Finding], mutation: Mutation) -> None:
     assert EXPECTED[mutation.name] in codes, told
 
 
-@pytest.mark.parametrize("mutation", WATCHED, ids=name)
+@pytest.mark.parametrize("mutation", share(WATCHED), ids=name)
 def test_a_wrong_value_is_seen_in_the_step(mutation: Mutation, box: Sandbox, session: Callable[[], Session]) -> None:
     made = session()
     mutation.apply(box)
     refused(list(check_meaning(made, Position())), mutation)
 
 
-@pytest.mark.parametrize("mutation", BATCH, ids=name)
+@pytest.mark.parametrize("mutation", share(BATCH), ids=name)
 def test_a_wrong_batch_or_draw_is_seen(mutation: Mutation, box: Sandbox, session: Callable[[], Session]) -> None:
     facts = session().parts.facts
     mutation.apply(box)
@@ -96,13 +97,13 @@ def test_a_wrong_batch_or_draw_is_seen(mutation: Mutation, box: Sandbox, session
     refused(check_batch(config, facts, scan(config.data).train), mutation)
 
 
-@pytest.mark.parametrize("mutation", GRADIENTS, ids=name)
+@pytest.mark.parametrize("mutation", share(GRADIENTS), ids=name)
 def test_a_wrong_update_is_seen(mutation: Mutation, box: Sandbox) -> None:
     mutation.apply(box)
     refused(prove(built(loaded(box)), Position()).findings, mutation)
 
 
-@pytest.mark.parametrize("mutation", FRESH, ids=name)
+@pytest.mark.parametrize("mutation", share(FRESH), ids=name)
 def test_a_mistake_that_nobody_had_thought_of_is_seen(mutation: Mutation, box: Sandbox) -> None:
     mutation.apply(box)
     config = loaded(box)

@@ -18,6 +18,7 @@ from tests.mutations.configuration_cases import CONFIGURATION
 from tests.mutations.data_cases import DATA
 from tests.mutations.fresh_cases import FRESH, FRESH_SOUND
 from tests.mutations.sandbox import Mutation, Sandbox, Sound, base_overrides
+from tests.mutations.share import SHARES, share, turn
 from tests.mutations.sound_cases import SOUND
 from tests.mutations.value_cases import VALUE_MUTATIONS as VALUES
 
@@ -35,7 +36,7 @@ def name(case: Mutation | Sound) -> str:
     return case.name.replace(" ", "-")
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=name)
+@pytest.mark.parametrize("mutation", share(MUTATIONS), ids=name)
 def test_mutation_is_caught(mutation: Mutation, box: Sandbox, rehearsed_once: Callable[[], None]) -> None:
     mutation.apply(box)
     if mutation in [*CONFIGURATION, *CHECKPOINT, *DATA]:
@@ -72,6 +73,18 @@ def test_totals() -> None:
     assert len(MUTATIONS) >= 115
     assert len(SOUND) >= 45
     assert min(kinds.values()) >= 30, kinds
+
+
+def test_every_case_is_in_one_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SVDTUNE_MUTATIONS", raising=False)
+    taken = []
+    for number in range(SHARES):
+        monkeypatch.setattr("tests.mutations.share._commit", lambda number=number: f"{number:x}")
+        taken += share(MUTATIONS)
+    assert sorted(map(name, taken)) == sorted(map(name, MUTATIONS))
+    assert {turn(commit) for commit in ("", "a0", "a1", "a2")} == {0, 1, 2}
+    monkeypatch.setenv("SVDTUNE_MUTATIONS", "all")
+    assert share(MUTATIONS) == MUTATIONS
 
 
 def _findings(box: Sandbox, configuration: bool) -> Any:
