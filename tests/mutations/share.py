@@ -1,4 +1,4 @@
-"""Which of the broken runs a run of the tests takes: a third, another one with each commit. All of them take 25 minutes of two cores.
+"""Which of the broken runs, and of the sound ones beside them, a run of the tests takes: a third, another one with each commit.
 
 SVDTUNE_MUTATIONS=all scripts/test tests/mutations
 """
