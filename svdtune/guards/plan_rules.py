@@ -21,9 +21,7 @@ from svdtune.model import attention
 
 _FLOAT32 = ("group_norm", "layer_norm", "softmax", "log_softmax", "mse_loss", "softplus")
 """Those of torch's list (autocast_mode.h, fp32) that networks like ours call on activations."""
-_WIDEST_FLASH = 256
-"""Head width from which on flash attention has no kernel."""
-_HOPPER, _AMPERE = (9, 0), (8, 0)
+_HOPPER = (9, 0)
 aten = torch.ops.aten
 
 
@@ -76,7 +74,7 @@ def _of_torch(
         return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[
             0
         ]
-    if query.dtype != torch.float32 and query.shape[-1] <= _WIDEST_FLASH and capability >= _AMPERE:
+    if attention.can("flash", attention.Site(False, query.shape[-1], query.dtype, capability), capability):
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     return _efficient(query, key, value, dropout_p, is_causal, scale)
 

@@ -63,7 +63,7 @@ def kernel_for(backend: Backend, site: Site) -> Kernel:
         return "sdpa"
     spatial = SPATIAL.get(site.capability[0], "flash") if backend == "auto" else backend
     wanted = TEMPORAL if site.temporal else spatial
-    return wanted if _can(wanted, site, site.capability) else "sdpa"
+    return wanted if can(wanted, site, site.capability) else "sdpa"
 
 
 def use_attention(unet: nn.Module, backend: Backend) -> None:
@@ -146,7 +146,8 @@ def compute(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel) -> Tensor
         return scaled_dot_product_attention(query, key, value)
 
 
-def _can(kernel: Kernel, site: Site, capability: tuple[int, int]) -> bool:
+def can(kernel: Kernel, site: Site, capability: tuple[int, int]) -> bool:
+    """Whether a kernel computes that head width in that dtype on a GPU of that capability."""
     if kernel == "xformers":
         return site.head_dim <= _WIDEST_HEAD[kernel]
     if kernel in ("flash", "cudnn"):

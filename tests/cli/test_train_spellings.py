@@ -24,6 +24,10 @@ SPELLINGS: dict[str, tuple[int, list[str]]] = {
     "svdtune": (1, CONSOLE_SCRIPT),
     "accelerate launch svdtune": (1, [*ACCELERATE, "svdtune"]),
     "torchrun --nproc_per_node 2": (2, [*TORCHRUN, "--nproc_per_node", "2", "-m", "svdtune"]),
+    "accelerate launch --multi_gpu --num_processes 2": (
+        2,
+        [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "svdtune"],
+    ),
     "accelerate launch --config_file multi_gpu.yaml": (
         2,
         [*ACCELERATE, "--config_file", MULTI_GPU_CONFIG, "--main_process_port", "0", "svdtune"],
@@ -86,6 +90,7 @@ def test_preflight_only_trains_nothing(clips: Path, tmp_path: Path) -> None:
 
 def test_a_refused_preflight_is_exit_code_3(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    done = start([*CONSOLE_SCRIPT, "train", *small_run(nowhere, tmp_path)])
-    assert done.returncode == 3, done.stderr[-4000:]
-    assert str(nowhere) in done.stdout + done.stderr
+    for verb in (["preflight"], ["train"]):
+        done = start([*CONSOLE_SCRIPT, *verb, *small_run(nowhere, tmp_path)])
+        assert done.returncode == 3, done.stderr[-4000:]
+        assert str(nowhere) in done.stdout + done.stderr

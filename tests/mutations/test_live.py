@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 WATCHED = [*VALUE_MUTATIONS, *MEANING]
 TABLE = Path(__file__).with_name("expected_live_codes.tsv")
 EXPECTED = dict(line.split("\t") for line in TABLE.read_text().splitlines())
-"""Mutation to the code that must be among the findings. SVDTUNE_WRITE_CODES=FILE appends what was found, for review."""
+"""Mutation to the code that must be among the findings. SVDTUNE_WRITE_CODES=FILE SVDTUNE_MUTATIONS=all appends what was found."""
 
 
 def name(case: Any) -> str:

@@ -33,7 +33,7 @@ VALUE_MUTATIONS = [*VALUES, *NEEDS_WEIGHTS]
 """Seen by values alone: not run here."""
 TABLE = Path(__file__).with_name("expected_codes.tsv")
 EXPECTED = dict(line.split("\t") for line in TABLE.read_text().splitlines()) if TABLE.exists() else {}
-"""Mutation to the code that must be among the findings. SVDTUNE_WRITE_CODES=FILE appends what was found, for review."""
+"""Mutation to the code that must be among the findings. SVDTUNE_WRITE_CODES=FILE SVDTUNE_MUTATIONS=all appends what was found."""
 
 
 def name(case: Mutation | Sound) -> str:

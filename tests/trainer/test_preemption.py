@@ -144,10 +144,15 @@ def test_the_last_update_is_saved_and_told(command, tmp_path, spelling):
         assert ended.code == 143
 
 
-def test_nothing_of_the_workers_is_heard(command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
+def test_nothing_of_the_workers_is_heard(command, tmp_path, number):
     """Signals to the whole group, as a terminal sends them: workers and multiprocessing's own helper live on, and then end."""
-    ended = stop(command("r", *LONG, "data.workers=2"), tmp_path / "r", to_group(signal.SIGUSR1))
-    assert (ended.code, ended.status["state"], ended.status["signal"]) == (143, "stopped", "SIGUSR1")
+    ended = stop(command("r", *LONG, "data.workers=2"), tmp_path / "r", to_group(number))
+    assert (ended.code, ended.status["state"], ended.status["signal"]) == (143, "stopped", number.name), ended.err[
+        -3000:
+    ]
+    assert "loader workers failed" not in ended.err
+    assert list((ended.run / "checkpoints").glob("step-*"))
     assert "Traceback" not in ended.err
     assert "resource_tracker" not in ended.err
 
