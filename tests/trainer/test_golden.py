@@ -13,6 +13,7 @@ from tests.trainer.conftest import losses
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_cpu.txt"
 STEPS = 6
+SIZE = ["data.height=64", "data.width=96"]
 
 
 def read():
@@ -23,7 +24,9 @@ def read():
 def test_losses_are_those_of_the_golden_file(train):
     got = {}
     for method in ("full", "lora"):
-        run = train(method, f"adapt.method={method}", f"train.steps={STEPS}", "train.batch_size=2", "train.lr=1e-4")
+        run = train(
+            method, f"adapt.method={method}", f"train.steps={STEPS}", "train.batch_size=2", "train.lr=1e-4", *SIZE
+        )
         got |= {(method, step): loss for step, loss in losses(run).items()}
     if os.environ.get("SVDTUNE_WRITE_GOLDEN"):
         rows = [f"{method} {step} {loss:.9f}" for (method, step), loss in got.items()]
