@@ -559,7 +559,7 @@ _PRECISION: tuple[Rule, ...] = (
          "A number moves only when the update is larger than the spacing of its type: 0.02 - 1e-5 is 0.02 in bfloat16.",
          "Keep trained parameters in float32, or in bf16 with memory.parameters=bf16; raise train.lr."),
     Rule("NUM606", "values that are not finite in the first step",
-         "The finding names the first module whose output, or gradient, is not finite.",
+         "The finding names the first module whose output, or gradient, is not finite, or the weight whose gradient alone is not.",
          "Damaged weights: copy the base again. Overflow: train.precision=bf16."),
     Rule("NUM650", "tensors of different types in one operation",
          "Without autocast torch multiplies only tensors of one type; frozen parts in half precision meet float32 inputs.",

@@ -56,20 +56,26 @@ def check_precision(seen: Observed, parts: Parts) -> Iterator[Finding]:
                       "(svdtune/trainer/step.py:predict).")  # fmt: skip
 
 
+_WHAT = {
+    "output": "its output",
+    "gradient": "the gradient of its output",
+    "weight": "its gradient, and all outputs and their gradients are finite",
+}
+
+
 @dataclass(frozen=True)
 class Culprit:
     """Where values first stopped being finite."""
 
     module: str
-    """Path of the module, `unet.mid_block.resnets.0`, or a record."""
+    """Path of the module, `unet.mid_block.resnets.0`, of the parameter, or a record."""
     kind: str
-    """`output` (forward) or `gradient` (backward)."""
+    """`output` (forward), `gradient` (backward) or `weight`: the gradient of a parameter, where those of all outputs are finite."""
     given: str
     """How large what it was given is."""
 
     def __str__(self) -> str:
-        direction = "its output" if self.kind == "output" else "the gradient of its output"
-        return f"The first value that is not finite is in {self.module}: {direction}{self.given}."
+        return f"The first value that is not finite is in {self.module}: {_WHAT[self.kind]}{self.given}."
 
 
 def culprit_of(session: Session, position: Position) -> Culprit | None:
@@ -111,7 +117,9 @@ def first_not_finite(parts: Parts, batch: Batch, draws: Draws, scale: float = 1.
         if not found and not bool(result.loss.isfinite()):
             found.append(Culprit("the loss", "output", ", and every network's output is finite"))
         (result.loss * scale).backward()
-    for parameter in parts.unet.parameters():
+    for name, parameter in parts.unet.named_parameters():
+        if not found and parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            found.append(Culprit(f"unet.{name}", "weight", ""))
         parameter.grad = None
     return found[0] if found else None
 
@@ -124,6 +132,10 @@ def not_finite(culprit: Culprit | None, clips: Sequence[str] = ()) -> Finding:
     why = "No update can be made from it, and training would stop there."
     why += f" Clips: {', '.join(clips)}." if clips else ""
     fix = "Weights with infinite or NaN entries: copy the base again. Overflow in fp16: train.precision=bf16."
+    if culprit and culprit.kind == "weight":
+        # oneDNN 3.12 leaves it unwritten for bf16 convolutions over two frames on CPUs without AVX512_BF16.
+        fix = ("Overflow in fp16: train.precision=bf16. Else its kernel fails on this device: train.precision=no takes another one, "
+               "and more frames may (data.num_frames).")  # fmt: skip
     return Finding("NUM606", "error", where, got, "finite numbers", why, fix)
 
 
