@@ -446,6 +446,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII alone must not hide an error
     # transformers otherwise opens every run with a line about torchvision, which svdtune does not need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when torch is loaded: its CPU threads otherwise spin while they wait, and on a core that others use too they wait for long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         own, for_launcher = launch.split_arguments(sys.argv[1:])
         if for_launcher and own[:1] not in (["train"], ["cache"]):

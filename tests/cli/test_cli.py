@@ -66,6 +66,16 @@ VERBS = [
 ]
 
 
+def test_cpu_threads_sleep_while_they_wait_unless_told_otherwise(capsys, monkeypatch):
+    """libgomp reads it when torch is loaded, which no module of the command line does."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    here(capsys, "--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    here(capsys, "--version")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_ends_in_examples(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = here(capsys, *verb, "--help")
